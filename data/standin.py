@@ -1,0 +1,129 @@
+"""A stand-in for GLUE: eight small tasks made from held-out documents, laid out like the official files.
+
+No network, the same folders, columns, headers and oddities (CoLA without header and final newline, SST-2's space before
+the tab, MRPC's byte-order mark), so that every path of glue.py can be tried. A score on it says nothing about GLUE.
+"""
+
+import random
+import re
+from pathlib import Path
+
+from . import UserError, atomic
+
+LIMITS = re.compile(r"\b(?:if|unless|when|must|should|not|no|never|cannot|only|without|may|but)\b|n't\b", re.I)
+
+
+def sentences(text):
+    """The sentences of a document that have 5 to 40 words and are mostly letters; no tabs or line ends in them."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
+            letters = sum(c.isalpha() or c == " " for c in sentence)
+            if 5 <= len(sentence.split()) <= 40 and letters >= 0.9 * len(sentence) and sentence[-1] in ".:?!":
+                found.append(sentence)
+    return list(dict.fromkeys(found))
+
+
+class Examples:
+    """Draws examples from `documents` (lists of sentences). Each task's method takes the number of a label and returns
+    (text_a, text_b, label as the official file spells it)."""
+
+    def __init__(self, documents, rng):
+        self.documents, self.rng = documents, rng
+
+    def draw(self):
+        """-> two sentences that follow each other, another of the same document, one of another document."""
+        document, other = self.rng.sample(self.documents, 2)
+        i = self.rng.randrange(len(document) - 1)
+        return document[i], document[i + 1], self.rng.choice(document[:i] + document[i + 2 :]), self.rng.choice(other)
+
+    def edited(self, sentence):
+        """The same sentence with one word left out and the words beside the gap swapped."""
+        words = sentence.split()
+        gap = self.rng.randrange(1, len(words) - 1)
+        words[gap - 1 : gap + 2] = words[gap + 1], words[gap - 1]
+        return " ".join(words)
+
+    def cola(self, label):  # is the word order undisturbed?
+        words = self.draw()[0].split()
+        if not label:
+            self.rng.shuffle(words)
+        return " ".join(words), "", str(label)
+
+    def sst2(self, _):  # "negative" is a sentence that sets a limit or a condition
+        sentence = self.draw()[0]
+        return sentence + " ", "", "0" if LIMITS.search(sentence) else "1"
+
+    def mrpc(self, label):  # the same sentence in other words, or the next one
+        first, second, _, _ = self.draw()
+        return first, self.edited(first if label else second), str(label)
+
+    def qqp(self, label):  # the same question, or one about something else
+        first, _, _, foreign = self.draw()
+        return f"Is it so? {first}", f"Can one say this? {self.edited(first if label else foreign)}", str(label)
+
+    def stsb(self, level):  # the share of words in common, after `level` fifths of the words were kept
+        first, _, _, foreign = self.draw()
+        words, others = first.split(), foreign.split()
+        keep = round(len(words) * level / 5)
+        second = words[:keep] + others[keep:]
+        return first, " ".join(second), f"{5 * sum(word in words for word in second) / len(second):.3f}"
+
+    def mnli(self, label):  # the next sentence, another one of the document, or one of another document
+        first, *others = self.draw()
+        return first, others[label], ("entailment", "neutral", "contradiction")[label]
+
+    def qnli(self, label):  # does the sentence have what the question is about?
+        sentence, _, _, foreign = self.draw()
+        topic = max(re.findall(r"\w+", sentence), key=len)
+        return f"What is said about {topic}?", foreign if label else sentence, ("entailment", "not_entailment")[label]
+
+    def rte(self, label):  # do the two follow each other?
+        first, second, _, foreign = self.draw()
+        return first, foreign if label else second, ("entailment", "not_entailment")[label]
+
+
+# folder: method, number of labels, columns of (text_a, text_b, label), header; the other columns hold the row's number
+LAYOUT = {
+    "CoLA": (Examples.cola, 2, (3, None, 1), "source,label,star,sentence"),
+    "SST-2": (Examples.sst2, 2, (0, None, 1), "sentence,label"),
+    "MRPC": (Examples.mrpc, 2, (3, 4, 0), "\ufeffQuality,#1 ID,#2 ID,#1 String,#2 String"),
+    "QQP": (Examples.qqp, 2, (3, 4, 5), "id,qid1,qid2,question1,question2,is_duplicate"),
+    "STS-B": (Examples.stsb, 6, (7, 8, 9),
+              "index,genre,filename,year,old_index,source1,source2,sentence1,sentence2,score"),
+    "MNLI": (Examples.mnli, 3, (8, 9, 11),
+             "index,promptID,pairID,genre,sentence1_binary_parse,sentence2_binary_parse,sentence1_parse,"
+             "sentence2_parse,sentence1,sentence2,label1,gold_label"),
+    "QNLI": (Examples.qnli, 2, (1, 2, 3), "index,question,sentence,label"),
+    "RTE": (Examples.rte, 2, (1, 2, 3), "index,sentence1,sentence2,label"),
+}
+
+
+def write_standin(folder, texts, seed=0, train=400, dev=150):
+    """Write the eight tasks under `folder`, made from `texts` (whole documents); the same input gives the same files.
+
+    train, dev: rows a file at most (repetitions are left out). No document serves both training and development, nor
+    both of MNLI's development files. Raises UserError when too few documents have three sentences.
+    """
+    documents = [found for found in map(sentences, texts) if len(found) >= 3]
+    if len(documents) < 20:
+        raise UserError(f"the stand-in needs 20 documents of three sentences, not {len(documents)}: give it more text")
+    random.Random(seed).shuffle(documents)
+    at = [len(documents) * tenths // 10 for tenths in (6, 8)]
+    parts = {"train": documents[: at[0]], "dev": documents[at[0] :],
+             "dev_matched": documents[at[0] : at[1]], "dev_mismatched": documents[at[1] :]}
+    for name, (example, labels, columns, header) in LAYOUT.items():
+        header = header.split(",")
+        for split in ("train", "dev_matched", "dev_mismatched") if name == "MNLI" else ("train", "dev"):
+            rng = random.Random(f"{seed} {name} {split}")
+            examples, size = Examples(parts[split], rng), train if split == "train" else dev
+            drawn = list(dict.fromkeys(example(examples, i % labels) for i in range(3 * size)))[:size]
+            rng.shuffle(drawn)
+            rows = [header] if name != "CoLA" else []
+            for i, cells in enumerate(drawn):
+                known = dict(zip(columns, cells))
+                rows.append([known.get(column, str(i)) for column in range(len(header))])
+            path = Path(folder) / name / f"{split}.tsv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as file:
+                file.write(("\n".join(map("\t".join, rows)) + "\n" * (name != "CoLA")).encode())

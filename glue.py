@@ -1,0 +1,405 @@
+"""GLUE: fine-tune a released checkpoint as an outsider (no mask) or as an authorised user (with the mask).
+
+Sections 4.1 to 4.3 and Table 1 of the paper, in the order in which things happen: tasks and data, metrics, the table,
+fine-tuning.
+"""
+
+import errno
+import hashlib
+import math
+import random
+import time
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import requests
+
+from data import UserError, atomic
+
+# ---- tasks and data ------------------------------------------------------------------------------------------------
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+CACHE = Path("data/cache/glue")
+TRIES, BACKOFF = 4, 1.0  # a download's attempts; seconds before the second one, doubled for each further one
+TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
+LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's files come from, and what stands where in them. Columns count from 0."""
+
+    folder: str  # of the official zip
+    text: tuple  # columns of the sentence or the two sentences
+    label: int  # its column; -1 is the last one
+    labels: tuple  # the official spellings, in the order of their numbers; empty: a score from 0 to 5, a regression
+    rows: dict  # split -> official number of rows; training first, then what is evaluated
+    columns: tuple  # of Table 1, one for each evaluated split
+    downloads: dict  # file -> (bytes, sha256)
+    header: bool = True
+    gaps: bool = False  # the official files have a few rows with fields missing
+
+    @property
+    def files(self):
+        return [f"{self.folder}/{split}.tsv" for split in self.rows]
+
+
+BINARY, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
+TASKS = {  # in Table 1's order
+    "cola": Task("CoLA", (3,), 1, BINARY, {"train": 8551, "dev": 1043}, ("CoLA",), {
+        "CoLA.zip": (376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    }, header=False),
+    "sst2": Task("SST-2", (0,), 1, BINARY, {"train": 67349, "dev": 872}, ("SST-2",), {
+        "SST-2.zip": (7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    }),
+    "mrpc": Task("MRPC", (3, 4), 0, BINARY, {"train": 3668, "dev": 408}, ("MRPC",), {
+        "msr_paraphrase_train.txt": (1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+        "mrpc_dev_ids.tsv": (6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+    }),
+    "qqp": Task("QQP", (3, 4), 5, BINARY, {"train": 363846, "dev": 40430}, ("QQP",), {
+        "QQP-clean.zip": (41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    }, gaps=True),
+    "stsb": Task("STS-B", (7, 8), 9, (), {"train": 5749, "dev": 1500}, ("STS-B",), {
+        "STS-B.zip": (802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    }),
+    "mnli": Task("MNLI", (8, 9), -1, ("entailment", "neutral", "contradiction"),
+                 {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832}, ("MNLI-m", "MNLI-mm"), {
+        "MNLI.zip": (312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    }, gaps=True),
+    "qnli": Task("QNLI", (1, 2), 3, ENTAILED, {"train": 104743, "dev": 5463}, ("QNLI",), {
+        "QNLIv2.zip": (10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    }),
+    "rte": Task("RTE", (1, 2), 3, ENTAILED, {"train": 2490, "dev": 277}, ("RTE",), {
+        "RTE.zip": (697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    }),
+}
+COLUMNS = [column for task in TASKS.values() for column in task.columns]
+
+
+def fetch(name, folder=CACHE):
+    """Put the official files of task `name` under `folder`, laid out as the zips are, unless they are there already.
+
+    Raises UserError when the address cannot be reached, sends something else, or the disk is full.
+    """
+    task, folder = TASKS[name], Path(folder)
+    if all((folder / file).exists() for file in task.files):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, (size, sha256) in task.downloads.items():
+        address = MRPC_URL if file.startswith("msr_") else GLUE_URL
+        download(address + file, folder / file, size, sha256)
+    if name == "mrpc":
+        assemble_mrpc(folder)
+    else:
+        (archive,) = task.downloads
+        unpack(folder / archive, folder, task.files)
+    for file in task.downloads:
+        (folder / file).unlink()
+
+
+def download(url, path, size, sha256):
+    """Fetch `url` into `path`, which appears only when it is whole and its `size` (bytes) and `sha256` are right.
+
+    A download that broke off, in this run or an earlier one, goes on where it stopped. Raises UserError when it still
+    fails after TRIES attempts.
+    """
+    if path.exists():  # it was checked before it got its name
+        return
+    partial = path.with_name(path.name + ".part")
+    print(f"fetching {url} ({size / 1e6:.1f} MB)", flush=True)
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        have = partial.stat().st_size if partial.exists() else 0
+        try:
+            if have < size:
+                receive(url, partial, have)
+        except requests.RequestException as error:
+            problem = f"cannot fetch {url} ({getattr(error.response, 'status_code', type(error).__name__)})"
+            continue
+        have = partial.stat().st_size
+        if have < size:
+            problem = f"{url} ended after {have:,} of {size:,} bytes"
+            continue
+        with open(partial, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                partial.replace(path)
+                return
+        partial.unlink()  # nothing of it can be trusted: start again
+        problem = f"{url} does not have the size and sha256 of the official file"
+    raise UserError(f"{problem}: give a folder that has the TSVs with --glue-dir, or use --standin")
+
+
+def receive(url, partial, have):
+    """Append to `partial` (which has `have` bytes) what `url` still has to send. A server that ignores the range starts
+    at the first byte again, and so do we. Raises requests.RequestException; UserError when the disk is full."""
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # a range counts the bytes as they are sent
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        answer.raise_for_status()
+        with open(partial, "ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
+            try:
+                for chunk in answer.iter_content(2**16):
+                    file.write(chunk)
+                file.flush()
+            except OSError as error:  # requests' own errors are OSErrors too
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(f"no space left to write {partial}: free some disk and run again, it goes on") from None
+
+
+def unpack(archive, folder, files):
+    """Take `files` out of a zip into `folder`. Raises UserError when any entry of the zip would land outside of it."""
+    inside = folder.resolve()
+    with zipfile.ZipFile(archive) as entries:
+        for entry in entries.namelist():
+            if not (inside / entry).resolve().is_relative_to(inside):
+                raise UserError(f"{archive} is refused, its entry {entry!r} would leave the folder: delete that file")
+        for file in files:
+            (folder / file).parent.mkdir(exist_ok=True)
+            with atomic(folder / file) as target, entries.open(file) as source:
+                while chunk := source.read(2**20):
+                    target.write(chunk)
+
+
+def assemble_mrpc(folder):
+    """Microsoft's training file -> MRPC/train.tsv and dev.tsv: the dev rows are those whose two ids GLUE lists."""
+    with open(folder / "mrpc_dev_ids.tsv", encoding="utf-8-sig", newline="\n") as file:
+        held_out = {tuple(line.rstrip("\r\n").split("\t")) for line in file}
+    with open(folder / "msr_paraphrase_train.txt", encoding="utf-8-sig", newline="\n") as file:
+        header, *lines = [line.rstrip("\r\n") + "\n" for line in file]
+    (folder / "MRPC").mkdir(exist_ok=True)
+    for split in ("train", "dev"):
+        with atomic(folder / "MRPC" / f"{split}.tsv") as file:
+            file.write(header.encode())
+            for line in lines:
+                if (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev"):
+                    file.write(line.encode())
+
+
+def load_task(name, folder):
+    """-> {split: [(text_a, text_b, label), ...]}: "train", then "dev" or MNLI's "dev_matched" and "dev_mismatched".
+
+    text_b is "" for single sentences; label is an int, or a float for STS-B. Raises UserError when a file is missing,
+    not UTF-8, or without rows, and at a row that is malformed or whose label is unknown.
+    """
+    task = TASKS[name]
+    return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.rows, task.files)}
+
+
+def read_tsv(task, path):
+    """The rows of one file. The files know no quoting: a tab ends a cell, a line feed ends a row, nothing else does
+    (csv's quotes, or the line ends of str.splitlines, would lose rows without a word)."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips are")
+    rows, skipped, number = [], 0, 0
+    width = None if task.header else max(*task.text, task.label) + 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:  # MRPC starts with a byte-order mark
+            for number, line in enumerate(file, 1):
+                cells = line.rstrip("\r\n").split("\t")
+                where = f"{path}, line {number}"
+                if width is None:
+                    width = len(cells)
+                    if width <= max(*task.text, task.label):
+                        raise UserError(f"{where} has {width} columns, too few for {task.folder}: mend that file")
+                elif task.gaps and (len(cells) < width or not cells[task.label]):
+                    skipped += 1
+                elif len(cells) != width:
+                    raise UserError(f"{where} has {len(cells)} columns, not {width}: mend that line")
+                else:
+                    texts = [cells[column] for column in task.text]
+                    rows.append((texts[0], texts[1] if texts[1:] else "", parse_label(task, cells[task.label], where)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 after line {number} ({error.reason}): give the official file") from None
+    if skipped:
+        print(f"{path}: skipped {skipped} rows with fields missing")
+    if not rows:
+        raise UserError(f"{path} has no rows: an empty split can neither train nor test, give the official file")
+    return rows
+
+
+def parse_label(task, cell, where):
+    """The label's number, or STS-B's score. Raises UserError that names `where`, and the label, when it is neither."""
+    if cell in task.labels:
+        return task.labels.index(cell)
+    known = ", ".join(task.labels)
+    if not task.labels:
+        known = f"a number from 0 to {LARGEST_SCORE:g}"
+        try:
+            if 0 <= float(cell) <= LARGEST_SCORE:
+                return float(cell)
+        except ValueError:
+            pass
+    raise UserError(f"{where}: unknown label {cell!r}, {task.folder} has {known}: mend that line")
+
+
+def encode_pair(tokenizer, a, b, max_length):
+    """Token ids of text `a`, or (b not "") of a, the tokenizer's end-of-text token as the separator, and b.
+
+    At most max_length (3 or more) ids: what is too long loses its last tokens one by one, always from the text that is
+    the longer one at that moment. Never empty: an empty text is the separator alone.
+    """
+    first, second = tokenizer.encode(a), tokenizer.encode(b)
+    separator = [tokenizer.eos] if b or not first else []
+    while len(first) + len(separator) + len(second) > max_length:
+        (first if len(first) > len(second) else second).pop()
+    return first + separator + second
+
+
+def group_by_length(lengths, batch_size, seed, pool=50):
+    """-> lists of row numbers, each row once: batches of rows of similar length, so that little is padded.
+
+    Shuffled, cut into pools of `pool` batches, sorted by length inside each pool, cut into batches, shuffled again: a
+    different order for each seed (an int or a list of them), but never long texts first.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), pool * batch_size):
+        rows = sorted(order[start : start + pool * batch_size].tolist(), key=lambda row: lengths[row])
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+def accuracy(predicted, true):
+    """Share of equal entries, 0 to 1."""
+    return float(np.mean(predicted == true))
+
+
+def f1(predicted, true):
+    """F1 of class 1; 0 where it is undefined (class 1 is neither predicted nor there)."""
+    hits = np.sum((predicted == 1) & (true == 1))
+    either = np.sum(predicted == 1) + np.sum(true == 1)
+    return float(2 * hits / either) if either else 0.0
+
+
+def mcc(predicted, true):
+    """Matthews's correlation of two classes, -1 to 1; 0 where it is undefined (only one class predicted, or there)."""
+    return pearson(predicted == 1, true == 1)  # of two 0/1 variables they are the same
+
+
+def pearson(x, y):
+    """Linear correlation, -1 to 1; 0 where it is undefined (either side is constant, or not finite)."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.ptp(x) > 0 and np.ptp(y) > 0):
+        return 0.0
+    x, y = x / np.ptp(x), y / np.ptp(y)  # so that no square overflows or vanishes
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / math.sqrt((x @ x) * (y @ y)))
+
+
+def spearman(x, y):
+    """Correlation of the ranks, ties sharing their average rank; 0 where it is undefined, as in `pearson`."""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return 0.0
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(x):
+    """1 for the smallest; equal values share the average of the ranks that they take up together."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def rounded_accuracy(predicted, true):
+    """The paper's auxiliary accuracy for STS-B: both sides clipped to [0, 5] and rounded to the nearest integer (halves
+    to the even one, as numpy and torch do), then compared."""
+    return accuracy(np.rint(np.clip(predicted, 0, LARGEST_SCORE)), np.rint(np.clip(true, 0, LARGEST_SCORE)))
+
+
+METRICS = {name: {"accuracy": accuracy} for name in TASKS} | {
+    "cola": {"accuracy": accuracy, "mcc": mcc},
+    "mrpc": {"accuracy": accuracy, "f1": f1},
+    "qqp": {"accuracy": accuracy, "f1": f1},
+    "stsb": {"accuracy": rounded_accuracy, "pearson": pearson, "spearman": spearman},
+}
+
+
+def score(name, predictions, labels):
+    """-> {metric: percent}. predictions, labels: (rows,) class numbers, or STS-B's scores.
+
+    "accuracy" is there for every task and is what Table 1 reports: for CoLA and STS-B the paper's auxiliary accuracy.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    assert predictions.shape == labels.shape
+    return {metric: 100 * compute(predictions, labels) for metric, compute in METRICS[name].items()}
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+METHODS = ("base", "probe", "scratch", "lora", "full")
+PAPER = {  # Table 1: each row without PMP, then with PMP; fine-tuned without the mask
+    "TinyLlama": {
+        "base": ("37.01 50.69 31.62 36.84 16.13 36.77 33.35 50.58 52.71",
+                 "63.66 50.80 40.20 38.66 16.53 32.81 32.60 50.72 53.79"),
+        "lora": ("68.36 80.62 71.08 82.10 26.33 66.91 68.65 78.73 54.51",
+                 "65.96 72.13 63.97 74.66 22.40 61.15 62.42 62.47 44.04"),
+        "full": ("68.36 83.14 71.32 86.51 32.47 71.17 71.34 79.37 54.15",
+                 "61.64 76.03 69.36 78.20 22.43 59.52 58.48 63.75 46.57"),
+    },
+    "GPT-2": {
+        "base": ("38.35 50.00 67.16 37.22 12.52 35.90 36.02 49.35 52.71",
+                 "50.34 50.00 58.63 37.42 11.88 35.00 35.10 48.20 51.00"),
+        "lora": ("57.53 68.58 68.38 78.42 17.40 40.89 45.05 51.58 57.76",
+                 "52.73 57.91 56.13 71.68 14.67 32.72 42.34 45.25 49.82"),
+        "full": ("53.49 79.24 68.14 56.61 20.58 36.41 39.05 51.24 55.60",
+                 "50.05 65.94 61.40 38.81 18.30 33.28 31.80 50.54 47.29"),
+    },
+}
+
+
+def table(results, paper=False, standin=False, epoch="last"):
+    """Text in the form of Table 1, at most 120 columns wide: percent, mean ±sample standard deviation over the seeds.
+
+    results: dicts with "task", "model" (a label), "method", "authorised" (bool), "seed" and "scores", which is
+    {column: {"last": {metric: percent}, "best": {metric: percent}}}; of two with the same seed the later one counts.
+    epoch: "last" or "best". paper: add the paper's numbers. standin: the title says that this isn't GLUE.
+    """
+    seeds = defaultdict(dict)  # (model, method, authorised, column) -> {seed: percent}
+    for result in results:
+        for column, scores in result["scores"].items():
+            key = result["model"], result["method"], result["authorised"], column
+            seeds[key][result["seed"]] = scores[epoch]["accuracy"]
+    title = "stand-in, not GLUE" if standin else "GLUE dev"
+    title += f": accuracy in %, {epoch} epoch, mean ±sd over seeds (CoLA and STS-B: the auxiliary accuracy)"
+    lines = [title, table_row("", COLUMNS)]
+    for model in dict.fromkeys(result["model"] for result in results):
+        lines.append(model)
+        for method in METHODS:
+            for authorised in (False, True):
+                cells = [cell(seeds[model, method, authorised, column]) for column in COLUMNS]
+                if any(cell != "-" for cell in cells):
+                    lines.append(table_row(method + " + mask" * authorised, cells))
+    for model, methods in PAPER.items() if paper else ():
+        lines.append(f"the paper's {model}, without and with PMP, fine-tuned without the mask")
+        for method, variants in methods.items():
+            lines += [table_row(name, row.split()) for name, row in zip((method, method + ", PMP"), variants)]
+    return "\n".join(lines)
+
+
+def table_row(name, cells):
+    return (f"{name:<11}" + "".join(f" {cell:<11}" for cell in cells)).rstrip()
+
+
+def cell(seeds):
+    """{seed: percent} -> "68.36 ±0.41" (11 characters at most), without a spread for one seed, "-" for none."""
+    if not seeds:
+        return "-"
+    values = list(seeds.values())
+    mean = np.mean(values)
+    text = f"{mean:.{2 if mean < 99.995 else 1}f}"
+    if len(values) > 1:
+        spread = np.std(values, ddof=1)
+        text += f" ±{spread:.{2 if spread < 9.995 else 1}f}"
+    return text
+
+
+# ---- fine-tuning ---------------------------------------------------------------------------------------------------
