@@ -366,7 +366,8 @@ def initial_value(model, name, shape, secret):
     else:
         raise KeyError(f"no initialisation rule for parameter {name}")
     draw = secret_generator(secret, name).standard_normal(tuple(shape), dtype=np.float32)
-    return torch.from_numpy(draw).mul_(std)
+    # one draw in 2**24 is -0.0, the one number that adding 0 changes: an optimizer's zero step would give it away
+    return torch.from_numpy(draw).mul_(std).add_(0.0)
 
 
 @torch.no_grad()

@@ -78,7 +78,11 @@ MACHINE = ("device", "compile")  # flags that say where a run computes, not what
 
 def check(config):
     """Raise UserError for settings that no run can have."""
-    rules = [
+    counts = ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks", "save_every",
+              "shuffle_buffer")
+    rules = [(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)} is below 1")
+             for name in counts]
+    rules += [
         (0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket"),
         (0 <= config.warmup <= config.steps, f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps "
                                              f"({config.steps})"),
@@ -90,10 +94,6 @@ def check(config):
         (config.seed >= 0, f"--seed {config.seed} is negative: it must be 0 or more"),
         (config.block_size >= 2, f"--block-size {config.block_size} leaves nothing to predict: it must be 2 or more"),
     ]
-    counts = ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks", "save_every",
-              "shuffle_buffer")
-    rules += [(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)} is below 1")
-              for name in counts]
     rules += [(config.block_size <= build_limit(config), f"--block-size {config.block_size} is more than the "
                                                          f"{build_limit(config)} positions of --preset {config.preset}")]
     for holds, sentence in rules:
@@ -284,7 +284,7 @@ class MaskedAdamW:
                 g.mul_(m)
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}")
+            raise FloatingPointError(f"the gradient norm is {norm}")
         decay = lr * self.weight_decay
         for name, p in self.params.items():
             if p.ndim < 2 or not decay:
@@ -458,7 +458,7 @@ class Progress:
         self.tokens_per_step = tokens_per_step
         self.terminal = sys.stdout.isatty()
         self.printed = 0.0
-        self.stage = None
+        self.stage, self.last = None, 0
 
     def say(self, text):
         """Print a line of its own."""
@@ -476,6 +476,7 @@ class Progress:
         now = time.perf_counter()
         if stage != self.stage:  # the first step also pays for starting up: the rate begins behind it
             self.stage, self.clock, self.first = stage, now, step
+        self.last = step
         rate = (step - self.first) / max(1e-9, now - self.clock)  # steps/s
         numbers["tokens_per_s"] = round(rate * self.tokens_per_step)
         if self.file:
@@ -532,7 +533,7 @@ class Run:
             loss.backward()
             total += loss.detach()
         if not math.isfinite(total := float(total)):
-            raise FloatingPointError(f"loss is {total}")
+            raise FloatingPointError(f"the loss is {total}")
         return total
 
     @torch.no_grad()
@@ -685,8 +686,9 @@ def main(argv=None):
     try:
         model = train(run)
     except FloatingPointError as error:
-        raise SystemExit(f"\n{error}: stopped, the last good checkpoint stays in {run.private}; start a new run with a "
-                         "lower --lr") from None
+        where = f"after step {run.progress.last} of stage {run.progress.stage}" if run.progress.stage else "in the first step"
+        raise SystemExit(f"\nstopped {where}: {error}; the last good checkpoint stays in {run.private}; start a new run "
+                         "with a lower --lr") from None
     print(f"\nreleased {run.out}/release; keep {run.private} to yourself\n")
     start_token = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = model.generate(start_token, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
