@@ -4,26 +4,38 @@ Sections 4.1 to 4.3 and Table 1 of the paper, in the order in which things happe
 fine-tuning.
 """
 
+import argparse
+import copy
 import errno
 import hashlib
+import json
 import math
+import os
 import random
 import time
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import requests
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from data import UserError, atomic
+from data.sources import open_source
+from data.standin import write_standin
+from data.tokenizer import Tokenizer
+from model import add_lora, fingerprint, initialise, load_folder
+from pmp import Machine, MaskedAdamW, Progress, command_line, load_mask
 
 # ---- tasks and data ------------------------------------------------------------------------------------------------
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-CACHE = Path("data/cache/glue")
+CACHE = Path(__file__).parent / "data" / "cache" / "glue"
 TRIES, BACKOFF = 4, 1.0  # a download's attempts; seconds before the second one, doubled for each further one
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
@@ -403,3 +415,315 @@ def cell(seeds):
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------------------------
+
+# What a method trains, with its learning rate at width 768. A narrower model wants a larger step, a wider one a
+# smaller one (Adam's rate goes with 1/width: Yang et al., 2022): 2e-5, the usual rate of `full`, at TinyLlama's 2048.
+LEARNING_RATE = {"base": 0.0, "probe": 1e-3, "scratch": 5e-4, "lora": 5e-4, "full": 5e-5}
+AUTHORISED = ("lora", "full")  # the methods that the mask changes anything for
+WARMUP = 0.06  # share of the updates
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a result besides the task, the weights, the method and the seed."""
+
+    lr: float = None  # None: LEARNING_RATE for the method and the model's width
+    epochs: int = 3
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    max_length: int = 128
+    limit: int = None  # training rows; None: all
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    dtype: str = "auto"
+
+
+class Classifier(nn.Module):
+    """A released body with a fresh linear head that reads the hidden state of the last real token."""
+
+    def __init__(self, body, outputs, seed):
+        super().__init__()
+        self.body = body
+        width = next(body.parameters()).shape[-1]  # of the embedding
+        draw = torch.randn(outputs, width, generator=torch.Generator().manual_seed(seed)) * 0.02
+        self.head = nn.Parameter(draw)
+
+    def forward(self, idx, lengths):
+        """Logits, or one score, (B, outputs) for right-padded token ids idx (B, T) with lengths (B,).
+
+        Attention is causal, so what stands right of a row's last token cannot change its prediction.
+        """
+        hidden = self.body.hidden(idx)  # (B, T, C)
+        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
+        return F.linear(last.float(), self.head)
+
+
+def prepare_model(body, method, outputs, masks, seed, settings):
+    """-> (Classifier, {name: trainable parameter}, masks for the optimizer) of one method; changes `body`.
+
+    masks ({name: bool}) confine `full` to the ticket through the optimizer and `lora` through the masked product B A.
+    The head, which the release does not have, always trains whole.
+    """
+    if method == "scratch":
+        initialise(body, b"scratch %d" % seed)
+    if method == "lora":
+        add_lora(body, settings.lora_rank, settings.lora_alpha, masks, seed)
+    model = Classifier(body, outputs, seed)
+    if method in ("base", "probe"):
+        body.requires_grad_(False)
+    trained = {name.removeprefix("body."): p for name, p in model.named_parameters()
+               if p.requires_grad and name != "body.lm_head.weight"}  # an untied language-model head is not used
+    return model, trained, {name: masks[name] for name in trained if name in masks} if masks else None
+
+
+def pad(rows, device):
+    """Token id lists -> (idx (B, T), lengths (B,)), padded on the right with id 0."""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    idx = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, ids in enumerate(rows):
+        idx[i, : len(ids)] = torch.tensor(ids)
+    return idx.to(device), lengths.to(device)
+
+
+def loss_of(outputs, labels):
+    """Cross-entropy over classes, or the squared error of a single score, which starts in the middle of 0 to 5."""
+    if outputs.size(1) > 1:
+        return F.cross_entropy(outputs, labels)
+    return F.mse_loss(outputs[:, 0] + LARGEST_SCORE / 2, labels)
+
+
+@torch.no_grad()
+def predict(model, rows, batch_size, machine):
+    """Predicted classes or scores of encoded rows (ids, label), as a numpy array in the rows' order."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    predictions = np.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        with machine.autocast():
+            outputs = model(*pad([rows[i][0] for i in chosen], machine.device))
+        values = outputs.argmax(1) if outputs.size(1) > 1 else outputs[:, 0] + LARGEST_SCORE / 2
+        predictions[chosen] = values.float().cpu().numpy()
+    return predictions
+
+
+def evaluate(model, name, data, settings, machine):
+    """{column of Table 1: {metric: percent}} on the task's validation splits."""
+    scores = {}
+    for split, column in zip(list(TASKS[name].rows)[1:], TASKS[name].columns):
+        predictions = predict(model, data[split], settings.batch_size, machine)
+        scores[column] = score(name, predictions, [label for _, label in data[split]])
+    return scores
+
+
+def finetune(body, name, data, method, seed, settings, machine, masks=None, progress=None, make_optimizer=MaskedAdamW):
+    """Fine-tune `body` (which is changed) on task `name`. Returns (result, Classifier).
+
+    data: {split: [(token ids, label), ...]}. masks: the ticket, for an authorised user. result: {"scores": {column:
+    {"last" or "best": {metric: percent}}}, "updates", "diverged"}; best is by accuracy, over the epochs, on the
+    validation split itself, so it flatters. A loss that is not finite ends the training, and what there is is scored.
+    make_optimizer(params, masks, weight_decay, betas) gives an object with MaskedAdamW's step().
+    """
+    task = TASKS[name]
+    model, params, masks = prepare_model(body, method, len(task.labels) or 1, masks, seed, settings)
+    model.to(machine.device)
+    train = data["train"]
+    if settings.limit:
+        order = np.random.default_rng(seed).permutation(len(train))
+        train = [train[i] for i in order[: settings.limit]]
+    epochs = 0 if method == "base" else settings.epochs
+    total = epochs * math.ceil(len(train) / settings.batch_size)
+    base = settings.lr or LEARNING_RATE[method] * 768 / model.head.size(1)
+    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if epochs else None
+    labels = torch.tensor([label for _, label in train], device=machine.device)
+    history, step, diverged = [], 0, False
+    for epoch in range(epochs):
+        model.train()
+        for chosen in group_by_length([len(ids) for ids, _ in train], settings.batch_size, [seed, epoch]):
+            with machine.autocast():
+                loss = loss_of(model(*pad([train[i][0] for i in chosen], machine.device)), labels[chosen])
+            loss.backward()
+            warmup = max(1, round(WARMUP * total))
+            lr = base * min((step + 1) / warmup, (total - step) / max(1, total - warmup))  # linear up, linear down
+            try:
+                norm = optimizer.step(lr, settings.clip)
+            except FloatingPointError:
+                diverged = True
+                break
+            step += 1
+            if progress:
+                progress.step(f"{name} {method} seed {seed}", step, total, loss=loss.item(), lr=lr, grad_norm=norm)
+        history.append(evaluate(model, name, data, settings, machine))
+        if diverged:
+            break
+    history = history or [evaluate(model, name, data, settings, machine)]
+    scores = {column: {"last": history[-1][column],
+                       "best": max((epoch[column] for epoch in history), key=lambda metrics: metrics["accuracy"])}
+              for column in task.columns}
+    return {"scores": scores, "updates": step, "diverged": diverged}, model
+
+
+# ---- the sweep -----------------------------------------------------------------------------------------------------
+
+
+def read_results(path):
+    """The results that `path` already has: one JSON object a line. A last line torn by a kill is dropped."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    results = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            results.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number} is not JSON: mend it, or name another --results") from None
+    if torn:
+        os.truncate(path, len(whole) + (1 if whole else 0))
+    return results
+
+
+def append_result(path, result):
+    """Add one line, whole and synced, so that a sweep can be interrupted at any moment."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+IDENTITY = ("task", "weights", "method", "authorised", "seed", "data", "settings")
+
+
+def identity(result):
+    """What makes two results the same experiment."""
+    return json.dumps([result[key] for key in IDENTITY], sort_keys=True)
+
+
+def encode_task(name, folder, tokenizer, max_length):
+    """load_task with its texts as token ids: {split: [(ids, label), ...]}."""
+    return {split: [(encode_pair(tokenizer, a, b, max_length), label) for a, b, label in rows]
+            for split, rows in load_task(name, folder).items()}
+
+
+def sweep(release, tasks, methods, seeds, settings, results_file, glue_dir, data_name, mask_file=None, machine=None,
+          compile="auto"):
+    """Fine-tune every (task, method, seed) that results_file does not have yet, appending a line for each.
+
+    release: a folder that load_folder opens. data_name: "GLUE" or "stand-in", part of each result. Returns all results
+    for these weights and this data in the file, for the table. Raises UserError for unfit input.
+    """
+    tokenizer = Tokenizer.load(release)
+    body = load_folder(release)
+    if tokenizer.size > body.config.vocab_size:
+        raise UserError(f"{release}: the tokenizer has {tokenizer.size} tokens, the model only {body.config.vocab_size}: "
+                        "they do not belong together")
+    if settings.max_length > body.max_positions:
+        raise UserError(f"--max-length {settings.max_length} is more than the model's {body.max_positions} positions")
+    params = dict(body.named_parameters())
+    masks = load_mask(mask_file, params) if mask_file else None
+    machine = machine or Machine(dtype=settings.dtype)
+    masks = masks and {name: mask.to(machine.device) for name, mask in masks.items()}
+    weights = fingerprint(params)
+    have = read_results(results_file)
+    done = {identity(result) for result in have}
+    common = {"weights": weights, "authorised": bool(masks), "data": data_name,
+              "settings": asdict(settings) | {"dtype": machine.dtype}}
+    for name in tasks:
+        data = None
+        for method in methods:
+            for seed in seeds:
+                result = {"task": name, "model": str(release), "method": method, "seed": seed, **common}
+                if identity(result) in done:
+                    continue
+                data = data or encode_task(name, glue_dir, tokenizer, settings.max_length)
+                progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
+                copied = copy.deepcopy(body).to(machine.device)
+                if machine.wants_compile(compile, 0):
+                    machine.compile(copied, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
+                began = time.perf_counter()
+                outcome, _ = finetune(copied, name, data, method, seed, settings, machine, masks, progress)
+                result |= outcome | {"seconds": round(time.perf_counter() - began, 1)}
+                append_result(results_file, result)
+                have.append(result)
+                progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(
+                    f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
+                    for column, scores in outcome["scores"].items()) + ("  DIVERGED" if outcome["diverged"] else ""))
+    return [result for result in have if all(result[key] == common[key] for key in ("weights", "data", "settings"))]
+
+
+def standin_folder():
+    """The stand-in tasks, made from the held-out prose once and kept. Not GLUE: they only exercise every path."""
+    prose = open_source("prose")
+    digest = hashlib.sha256(json.dumps(prose.id, sort_keys=True).encode()).hexdigest()[:8]
+    folder = CACHE.parent / f"standin-{digest}"
+    if not all((folder / file).exists() for task in TASKS.values() for file in task.files):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_standin(folder, [text for _, text in prose.documents("validation")])
+    return folder
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("release", help="a release folder, or any plain Hugging Face GPT-2 or LLaMA folder")
+    add("--mask", help="the private mask of this release: fine-tune as an authorised user")
+    add("--standin", action="store_true", help="small tasks made from installed documentation instead of GLUE")
+    add("--glue-dir", help="folder with the TSVs, laid out as the official zips are; default: download")
+    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
+    add("--method", nargs="+", choices=METHODS, metavar="METHOD",
+        help=f"{' '.join(METHODS)}; default: base lora full, with --mask lora full")
+    add("--seed", nargs="+", type=int, default=[42], help="one run for each: head, data order, --limit")
+    add("--results", default="glue.jsonl", help="file that gets a JSON line for each run; what it has is not run again")
+    add("--paper", action="store_true", help="add the paper's numbers to the table")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
+    helps = {"lr": "peak learning rate; default by method and width", "epochs": "passes over the training rows",
+             "batch_size": "rows in an update", "weight_decay": "AdamW weight decay of matrices",
+             "clip": "largest global gradient norm", "max_length": "tokens of a row; the longer text is cut first",
+             "limit": "training rows, after a seeded shuffle; default all", "lora_rank": "rank r of LoRA",
+             "lora_alpha": "LoRA's scale is alpha / r", "dtype": "auto, fp32 or bf16"}
+    for f in fields(Settings):
+        add("--" + f.name.replace("_", "-"), type=f.type, default=f.default, help=helps[f.name])
+    args = parser.parse_args(argv)
+    args.method = args.method or (AUTHORISED if args.mask else ("base", *AUTHORISED))
+    if args.mask and (wrong := [method for method in args.method if method not in AUTHORISED]):
+        raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
+    if args.standin and args.glue_dir:
+        raise UserError("--standin and --glue-dir exclude each other: leave one out")
+    if args.dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype {args.dtype} is unknown: use auto, fp32 or bf16")
+    for name, least in {"epochs": 1, "batch_size": 1, "max_length": 3, "limit": 1, "lora_rank": 1}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is below {least}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr} is not a positive number")
+    if min(args.seed) < 0:
+        raise UserError(f"--seed {min(args.seed)} is negative: it must be 0 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    machine = Machine(args.device, args.dtype)
+    if not Path(args.release, "config.json").exists():
+        load_folder(args.release)  # says what is wrong, before anything is downloaded
+    if args.standin:
+        folder = standin_folder()
+    elif args.glue_dir:
+        folder = args.glue_dir
+    else:
+        folder = CACHE
+        for name in args.tasks:
+            fetch(name, folder)
+    results = sweep(args.release, args.tasks, args.method, args.seed, settings, args.results, folder,
+                    "stand-in" if args.standin else "GLUE", args.mask, machine, args.compile)
+    print()
+    for epoch in ("last", "best"):
+        print(table(results, args.paper and epoch == "last", args.standin, epoch) + "\n")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -135,12 +135,12 @@ class NextTokenLoss(torch.autograd.Function):
 
 def slices(logits, labels):
     """Rows of logits (N, V) and labels (N,) in step, as many at a time as stay in a CPU's cache or fill a GPU."""
-    rows = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.size(1))
+    rows = max(1, (2**18 if logits.device.type == "cpu" else 2**24) // logits.size(1))
     return zip(logits.split(rows), labels.split(rows))
 
 
 def attention(q, k, v, heads, kv_heads):
-    """Causal attention of q (B, T, heads*D) over k, v (B, T, kv_heads*D) with no dropout, as (B, heads, T, D) inside."""
+    """Causal attention of q (B, T, heads*D) over k and v (B, T, kv_heads*D): (B, T, heads*D)."""
     q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return y.transpose(1, 2).flatten(2)  # (B, T, heads*D)
@@ -396,7 +396,8 @@ class LoRA(nn.Module):
         rows, cols = base.weight.shape
         self.scale = alpha / rank
         bound = 1 / math.sqrt(cols)
-        self.A = nn.Parameter(torch.empty(rank, cols).uniform_(-bound, bound, generator=generator).to(base.weight.device))
+        start = torch.empty(rank, cols).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(start.to(base.weight.device))
         self.B = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
         self.register_buffer("mask", mask, persistent=False)  # bool like W, or None
 
@@ -572,7 +573,7 @@ def load_folder(folder):
     try:
         raw = json.loads((folder / "config.json").read_bytes())
     except OSError:
-        raise UserError(f"{folder} is not a model folder (no config.json): name a release folder such as out/release") from None
+        raise UserError(f"{folder} is no model folder (it has no config.json): name one such as out/release") from None
     except ValueError:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: restore it from a copy") from None
     if not isinstance(raw, dict):

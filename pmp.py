@@ -67,7 +67,7 @@ class Config:
     init_seed: int = flag(None, "draw the initial weights from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", choices=("auto", "fp32", "bf16"))
-    compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 5M tokens",
+    compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 2M tokens",
                         choices=("auto", "on", "off"))
 
 
@@ -433,6 +433,10 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
+    def wants_compile(self, flag, tokens):
+        """Compiling takes a CPU about as long as it saves on 2M tokens."""
+        return flag == "on" or flag == "auto" and (self.device.type == "cuda" or tokens > 2e6)
+
     def compile(self, model, example, say):
         """Compile every block of `model` in place, tried on the token ids `example`; without a compiler, say so.
 
@@ -453,9 +457,10 @@ class Machine:
 class Progress:
     """A line that updates on a terminal, a plain line now and then elsewhere, and every step in a .jsonl file."""
 
-    def __init__(self, path, tokens_per_step):
+    def __init__(self, path, per_step, rate="tokens_per_s", prefix="stage "):
+        """per_step: how much of what `rate` counts a step is worth; prefix: what stands before a stage's name."""
         self.file = open(path, "a", encoding="utf-8") if path else None
-        self.tokens_per_step = tokens_per_step
+        self.per_step, self.rate, self.prefix = per_step, rate, prefix
         self.terminal = sys.stdout.isatty()
         self.printed = 0.0
         self.stage, self.last = None, 0
@@ -478,7 +483,7 @@ class Progress:
             self.stage, self.clock, self.first = stage, now, step
         self.last = step
         rate = (step - self.first) / max(1e-9, now - self.clock)  # steps/s
-        numbers["tokens_per_s"] = round(rate * self.tokens_per_step)
+        numbers[self.rate] = round(rate * self.per_step)
         if self.file:
             self.file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
             self.file.flush()
@@ -488,10 +493,10 @@ class Progress:
         self.printed = now
         left = (total - step) / rate if rate else 0
         form = {"loss": ".3f", "lr": ".1e", "grad_norm": ".2f", "iou": ".3f", "iou_chance": ".3f", "val_loss": ".3f",
-                "tokens_per_s": ",d"}
+                self.rate: ",d"}
         text = " | ".join(f"{key.replace('_per_', '/').replace('_', ' ')} {value:{form.get(key, '')}}"
                           for key, value in numbers.items())
-        line = f"stage {stage} {step}/{total} | {text} | eta {int(left // 60)}:{int(left % 60):02d}"
+        line = f"{self.prefix}{stage} {step}/{total} | {text} | eta {int(left // 60)}:{int(left % 60):02d}"
         if self.terminal:
             print(f"\r\033[K{line}", end="\n" if last or "val_loss" in numbers else "", flush=True)
         else:
@@ -626,8 +631,7 @@ def train(run):
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
     say(f"{config.preset}: {d:,} parameters, {run.tokens_per_step:,} tokens an update, {machine.device} {machine.dtype}")
-    if config.compile == "on" or config.compile == "auto" and (
-            machine.device.type == "cuda" or config.steps * run.tokens_per_step > 5e6):
+    if machine.wants_compile(config.compile, config.steps * run.tokens_per_step):
         initialise(model, run.secret)
         machine.compile(model, run.micro_batch(0), say)
 
@@ -709,7 +713,7 @@ def command_line(main):
               file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
-        print("\nstopped before training began; run the same command again", file=sys.stderr)
+        print("\nstopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130)
 
 

@@ -34,7 +34,7 @@ def atomic(path, mode=0o644):
         os.close(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left to write {path}: free some disk and run again, or choose another folder") from None
+            raise UserError(f"no space left to write {path}: free some disk and run again") from None
         raise
     finally:
         partial.unlink(missing_ok=True)
