@@ -1,7 +1,15 @@
 """What PMP promises, each test named after the property that it proves. Needs no network and no data but its own."""
 
+import collections
 import copy
+import dataclasses
+import email.utils
+import gzip
+import hashlib
+import io
+import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -10,20 +18,83 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
+import types
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, urlparse
 
-import numpy as np
-import pytest
+# Small tensors gain nothing from a second thread, and on a busy machine the two wait for each other. Set before torch
+# starts, and handed on to the commands that the tests run.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import requests
+import tiktoken
 import torch
 import torch.nn.functional as F
 
+import glue
 import pmp
-from data import UserError
-from model import (GPT2, GPT2Config, LlamaConfig, NextTokenLoss, add_lora, build, config_from_dict, config_to_dict, fingerprint,
-                   initial_value, initialise, load_folder, load_safetensors, merge_lora, save_folder, save_safetensors)
+from data import UserError, pack, sources
+from data import tokenizer as tokenizer_module
+from data.pack import prepare
+from data.sources import SlimPajama, open_source
+from data.standin import sentences, write_standin
+from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
+from model import (GPT2Config, LlamaConfig, NextTokenLoss, add_lora, build, config_from_dict, config_to_dict,
+                   fingerprint, initial_value, initialise, load_folder, load_safetensors, merge_lora, save_folder,
+                   save_safetensors)
 
 HERE = Path(__file__).parent
+
+
+# -----------------------------------------------------------------------------
+# what several sections use
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends what server.respond(path, headers) gives: status, headers, body, and how many bytes of it get through."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it costs 40 ms an answer
+
+    def do_GET(self):
+        status, headers, body, sent = self.server.respond(self.path, self.headers)
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:sent])
+        self.close_connection |= sent < len(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine, at server.url. Whoever uses it gives it a respond()."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# -----------------------------------------------------------------------------
+# model.py
+
 SMALL = {
     "gpt2": GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4),
     "gpt2-untied": GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=40,
@@ -52,10 +123,6 @@ def tokens(rows=3, length=24, vocab=97):
     return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-# -----------------------------------------------------------------------------
-# model.py
-
-
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_folder_of_ours_gives_the_same_logits_in_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -70,7 +137,8 @@ def test_a_folder_of_ours_gives_the_same_logits_in_transformers(kind, tmp_path):
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_folder_of_transformers_gives_the_same_logits_here(kind, dtype, tmp_path):
     transformers = pytest.importorskip("transformers")
-    save_folder(tmp_path / "ours", small_model(kind)) if (tmp_path / "ours").mkdir() is None else None
+    (tmp_path / "ours").mkdir()
+    save_folder(tmp_path / "ours", small_model(kind))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # several files with an index
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
@@ -126,7 +194,8 @@ def test_a_folder_with_a_missing_extra_or_misshapen_tensor_is_refused(tmp_path):
 def test_safetensors_agrees_with_the_real_package(tmp_path):
     real = pytest.importorskip("safetensors.torch")
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.arange(5, dtype=torch.uint8),
-               "d": torch.tensor([True, False]), "e": torch.tensor(3.0), "f": torch.randn(2, 3).half(), "g": torch.zeros(0, 4)}
+               "d": torch.tensor([True, False]), "e": torch.tensor(3.0), "f": torch.randn(2, 3).half(),
+               "g": torch.zeros(0, 4)}
     save_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
     real.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     for read in (real.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "ours")[0],
@@ -240,6 +309,556 @@ def test_lora_starts_as_the_identity_and_merges_to_the_same_logits(kind):
 
 
 # -----------------------------------------------------------------------------
+# data/: files as sources
+
+ODD_TEXT = "naïve  café\r\n\t'll 'LL 中文 \u0301\u200b😀 x\x00 ²Ⅷ___ <|endoftext|> \u2028 12 345\n\n\n  end "
+
+
+def make_texts(n, seed=0):
+    """Made-up documents with all kinds of characters, a few of them twice."""
+    rng = random.Random(seed)
+    words = "the quick brown fox jumps over a lazy dog and then some more".split()
+    words += ["größe", "中文", "😀", EOS, "\n", "  "]
+    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 60))) + f" {i}" for i in range(n)]
+    texts[n // 2] = texts[0]
+    texts[n // 3] = texts[n // 4]
+    return texts
+
+
+def prepared(source, cache, want_tokens=10**9, **settings):
+    return prepare(str(source), "bpe", want_tokens, cache=cache, say=lambda line: None, **settings)
+
+
+def packed(blocks):
+    """The bytes of all tokens of a preparation, once the source has ended."""
+    while not blocks.file.state["done"]:
+        blocks.stream.want(10**9)
+        time.sleep(0.005)
+    return blocks.file.bin.read_bytes()
+
+
+def decode_documents(tokenizer, data):
+    ids, documents = np.frombuffer(data, np.uint16).tolist(), [[]]
+    for id in ids:
+        documents.append([]) if id == tokenizer.eos else documents[-1].append(id)
+    assert documents.pop() == [], "the file does not end with EOS"
+    return [tokenizer.decode(document) for document in documents]
+
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open)])
+def test_txt_is_cut_into_documents_with_no_character_lost(tmp_path, suffix, opener):
+    text = "".join(f"line {i} é\r\n" + "\n" * (i % 40 == 0) for i in range(3000)) + "x" * 20_000 + " end"
+    with opener(tmp_path / f"a.txt{suffix}", "wb") as file:
+        file.write(text.encode())
+    source = open_source(tmp_path / f"a.txt{suffix}")
+    rows = sorted([*source.documents("train"), *source.documents("validation")])
+    assert [row for row, _ in rows] == list(range(len(rows)))
+    assert "".join(text for _, text in rows) == text
+    assert all(len(text) <= 16_000 for _, text in rows)
+    assert sum(text.endswith("\n\n") for _, text in rows) >= 5  # blank lines are where it cuts
+
+
+def test_a_source_goes_on_at_any_row(tmp_path):
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", make_texts(200)))
+    rows = list(source.documents("train"))
+    assert list(source.documents("train", 77)) == [(row, text) for row, text in rows if row >= 77]
+
+
+def test_validation_is_disjoint_from_train_and_never_empty(tmp_path):
+    texts = make_texts(2000) * 2
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", texts))
+    train = {text for _, text in source.documents("train")}
+    validation = [text for _, text in source.documents("validation")]
+    assert validation[0] == texts[0] and validation.count(texts[0]) == 4
+    assert not train & set(validation)
+    assert train | set(validation) == set(texts)
+    assert 0.01 < len(validation) / len(texts) < 0.03
+
+
+def test_prose_is_english_unrepeated_and_the_same_each_time():
+    rows = list(itertools.islice(open_source("prose").documents("train"), 3000))
+    texts = [text for _, text in rows]
+    assert len(set(texts)) == len(texts) and 2e6 < sum(map(len, texts)) < 2e7
+    assert rows[:1000] == list(itertools.islice(open_source("prose").documents("train"), 1000))
+    assert sum(text.count(" the ") for text in texts) > 10_000
+
+
+BAD_CORPORA = {  # a missing file and one that is too small for a batch are among the bad flags of the command line
+    "folder.txt": ("folder", "is a folder"),
+    "a.pdf": (b"text", "neither .txt nor .jsonl"),
+    "empty.txt": (b"", "holds no text"),
+    "blank.txt": (b" \n\n\t ", "holds no text"),
+    "empty.jsonl": (b"", "holds no text"),
+    "textless.jsonl": (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
+    "nojson.jsonl": (b'{"text": "good"}\n\n{"text": \n', "line 3 is not JSON"),
+    "notext.jsonl": (b'{"text": "good"}\n{"txt": "bad"}\n', 'line 2 has no string "text"'),
+    "number.jsonl": (b'{"text": "good"}\n{"text": 5}\n', 'line 2 has no string "text"'),
+    "list.jsonl": (b'["text"]\n', 'line 1 has no string "text"'),
+    "bytes.jsonl": (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', "line 2 is not UTF-8"),
+    "bytes.txt": (b"good \xff\xfe", "is not UTF-8"),
+    "damaged.jsonl.gz": (gzip.compress(b'{"text": "good"}\n' * 999)[:-20], "damaged"),
+    "damaged.jsonl.xz": (lzma.compress(b'{"text": "good"}\n' * 999)[:-20], "damaged"),
+    "other.txt.gz": (b"no archive", "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CORPORA)
+def test_a_bad_corpus_is_named_in_one_sentence(tmp_path, name):
+    content, complaint = BAD_CORPORA[name]
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        prepared(tmp_path / name, tmp_path / "cache")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# data/: SlimPajama over HTTP
+
+
+@pytest.fixture
+def pajama(server, monkeypatch):
+    """The rows endpoint for a made-up dataset. faults: {(split, offset): what goes wrong, time after time}."""
+    server.texts = {"train": make_texts(1030), "validation": make_texts(120, seed=1)}
+    server.asked, server.answered, server.faults = [], [], {}
+    server.hanging, server.go_on = threading.Event(), threading.Event()
+
+    def respond(path, _):
+        query = dict(parse_qsl(urlparse(path).query))
+        split, offset, length = query["split"], int(query["offset"]), int(query["length"])
+        server.asked.append((split, offset, length, time.monotonic()))
+        texts = server.texts[split]
+        rows = [{"row_idx": i, "row": {"text": texts[i]}, "truncated_cells": []}
+                for i in range(offset, min(offset + length, len(texts)))]
+        faults = server.faults.get((split, offset))
+        fault = faults.pop(0) if faults else ""
+        status, _, header = fault.partition(" ") if fault[:1].isdigit() else ("200", "", "")
+        if fault == "":
+            server.answered += [(split, row["row_idx"]) for row in rows]
+        if fault == "hang":
+            server.hanging.set()
+            server.go_on.wait(60)
+        if fault == "short":
+            rows.pop()
+        if fault == "shifted":
+            rows = [row | {"row_idx": row["row_idx"] + 1} for row in rows]
+        if fault == "truncated":
+            rows[-1]["truncated_cells"] = ["text"]
+        answer = {"rows": rows, "num_rows_total": 1 if fault == "shrunk" else len(texts), "partial": False}
+        body = json.dumps(answer if status == "200" else {"error": f"made-up {status}"}).encode()
+        if fault == "half":
+            body = body[:len(body) // 2]
+        if fault == "html":
+            body = b"<html>sorry</html>"
+        headers = dict([header.split(": ")]) if header else {}
+        return int(status), headers, body, 100 if fault == "drop" else len(body)
+
+    server.respond = respond
+    monkeypatch.setattr(sources, "ROWS_URL", server.url + "rows")
+    monkeypatch.setattr(sources, "BACKOFF", 0.01)
+    yield server
+    server.go_on.set()
+
+
+def test_slimpajama_gives_each_row_once_whatever_the_server_does(pajama):
+    pajama.faults = {
+        ("train", 0): ["429", "500", "half"],
+        ("train", 100): ["drop", "429 Retry-After: 0.05", "502"],
+        ("train", 200): ["short", "shifted", "shrunk", "truncated", "html"],
+        ("train", 1000): ["503", "drop", "500 X-Error-Code: ResponseNotReady"],
+    }
+    assert list(SlimPajama().documents("train")) == list(enumerate(pajama.texts["train"]))
+    assert [row for _, row in pajama.answered] == list(range(1030))
+    assert not any(pajama.faults.values())
+    assert list(SlimPajama().documents("validation", 90)) == list(enumerate(pajama.texts["validation"]))[90:]
+    assert list(SlimPajama().documents("validation", 120)) == []
+
+
+def test_slimpajama_asks_for_less_when_a_page_is_too_big(pajama):
+    pajama.faults = {("train", 100): ["500 X-Error-Code: TooBigContentError"] * 2}
+    assert list(SlimPajama().documents("train")) == list(enumerate(pajama.texts["train"]))
+    assert [length for _, offset, length, _ in pajama.asked if offset == 100] == [100, 50, 25]
+    assert [offset for _, offset, length, _ in pajama.asked if length == 100] == [0, 100, *range(125, 1030, 100)]
+
+
+def test_slimpajama_waits_as_long_as_the_server_says(pajama):
+    pajama.faults = {("train", 0): ["429 Retry-After: 0.3"]}
+    next(SlimPajama().documents("train"))
+    first, second = (at for *_, at in pajama.asked)
+    assert second - first >= 0.3
+    assert sources.retry_after("7") == 7 and sources.retry_after(None) == 0 and sources.retry_after("soon") == 0
+    assert 20 < sources.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert sources.retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
+
+
+def test_slimpajama_gives_up_after_long_failure_naming_row_and_error(pajama, monkeypatch):
+    monkeypatch.setattr(sources, "GIVE_UP", 0.3)
+    monkeypatch.setattr(sources, "BACKOFF_CAP", 0.02)
+    pajama.faults = {("train", 100): ["500"] * 1000}
+    with pytest.raises(UserError, match="row 100 of train.*HTTP 500.*made-up 500.*same command again"):
+        list(SlimPajama().documents("train"))
+    assert len(pajama.asked) > 2  # the good page and more than one try of the bad one
+
+
+@pytest.mark.parametrize("status", ["422", "404", "401", "501"])
+def test_slimpajama_does_not_repeat_what_the_server_refuses_for_good(pajama, status):
+    pajama.faults = {("train", 0): [status] * 9}
+    with pytest.raises(UserError, match=f"{status}.*made-up {status}"):
+        list(SlimPajama().documents("train"))
+    assert len(pajama.asked) == 1
+
+
+def test_slimpajama_stays_below_500_requests_in_5_minutes(monkeypatch):
+    now, asked = [1000.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    def get(url, params, timeout):
+        asked.append(now[0])
+        now[0] += 0.01
+        rows = [{"row_idx": i, "row": {"text": "x"}} for i in range(params["offset"], params["offset"] + 100)]
+        return types.SimpleNamespace(status_code=200, json=lambda: {"rows": rows, "num_rows_total": 150_000})
+
+    monkeypatch.setattr(sources, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    source = SlimPajama()
+    source.session = types.SimpleNamespace(get=get)
+    assert sum(1 for _ in source.documents("train")) == 150_000
+    times = np.array(asked)
+    assert max(np.searchsorted(times, times + 300) - np.arange(len(times))) < 500
+    assert asked[20] - asked[0] < 1  # but a short run does not wait
+
+
+# -----------------------------------------------------------------------------
+# data/: tokenizers
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return Tokenizer.train(make_texts(300), size=600)
+
+
+def test_bpe_gives_every_text_back(bpe):
+    assert bpe.size <= 600 and bpe.eos == bpe.size - 1
+    for text in [ODD_TEXT, "", *make_texts(50, seed=9), "".join(map(chr, range(0xD7FF)))]:
+        ids = bpe.encode(text)
+        assert bpe.decode(ids) == text
+        assert bpe.eos not in ids  # "<|endoftext|>" in a text is text
+    assert bpe.encode_many(make_texts(50)) == [bpe.encode(text) for text in make_texts(50)]
+
+
+def test_bpe_training_equals_a_plain_one_that_counts_all_pairs_anew_each_time():
+    texts = make_texts(40)
+    counts = collections.Counter(word for text in texts for word in TRAINING_WORDS.findall(text))
+    words = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
+    ranks = {bytes([byte]): id for id, byte in enumerate(LETTER)}
+    for new in range(256, 319):
+        pairs = collections.Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        fresh = [pair for pair in pairs if pair[0] + pair[1] not in ranks]
+        best = min(fresh, key=lambda pair: (-pairs[pair], ranks[pair[0]], ranks[pair[1]]))
+        ranks[best[0] + best[1]] = new
+        for parts in words.values():
+            i = 0
+            while i + 1 < len(parts):
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    assert Tokenizer.train(texts, size=320).ranks == ranks
+
+
+def test_bytes_are_spelled_one_to_one_and_as_gpt2_does():
+    assert len(set(LETTER.values())) == 256 and spell(b"a \n") == "aĠĊ"
+
+
+def test_a_saved_tokenizer_loads_again_with_the_same_bytes_each_time(bpe, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    bpe.save(tmp_path / "a")
+    again = Tokenizer.load(tmp_path / "a")
+    assert again.fingerprint == bpe.fingerprint and again.eos == bpe.eos
+    again.save(tmp_path / "b")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert Tokenizer.train(make_texts(301), size=600).fingerprint != bpe.fingerprint
+
+
+def test_gpt2_style_vocab_and_merges_files_load(bpe, tmp_path):
+    bpe.save(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n")
+    assert Tokenizer.load(tmp_path).fingerprint == bpe.fingerprint
+
+
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama3", "gpt2"])
+def test_transformers_reads_our_tokenizer_to_the_same_ids(bpe, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "gpt2":
+        try:
+            tokenizer = Tokenizer.gpt2()
+        except UserError:
+            pytest.skip("no network for tiktoken's files")
+    else:
+        tokenizer = bpe if kind == "ours" else Tokenizer(bpe.ranks, bpe.specials, pattern=LLAMA3_WORDS)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.size
+    for text in [ODD_TEXT.replace(EOS, ""), *(text.replace(EOS, "") for text in make_texts(200, seed=3))]:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda t: t["pre_tokenizer"].update(type="Metaspace"), "byte-level"),
+    (lambda t: t.update(pre_tokenizer=None), "byte-level"),
+    (lambda t: t["model"].update(type="Unigram"), "byte-level"),
+    (lambda t: t.update(normalizer={"type": "NFC"}), "NFC normalizer"),
+    (lambda t: t["model"]["merges"].reverse(), "order of its merges"),
+    (lambda t: t["model"]["vocab"].pop("a"), "256 bytes"),
+    (lambda t: (t.update(added_tokens=[]), t["model"]["vocab"].pop(EOS)), "end-of-text"),
+])
+def test_a_tokenizer_of_another_kind_is_refused(bpe, tmp_path, change, complaint):
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+def test_gpt2_without_network_names_tiktoken_cache_dir(tmp_path, monkeypatch):
+    def get(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what this process has loaded already
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer.gpt2()
+
+
+# -----------------------------------------------------------------------------
+# data/: packing
+
+
+def test_packing_loses_and_repeats_no_token(tmp_path):
+    texts = make_texts(500)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    tokenizer, train, validation = prepared(path, tmp_path, shuffle_buffer=64)
+    found = decode_documents(tokenizer, packed(train)) + decode_documents(tokenizer, validation.file.bin.read_bytes())
+    assert collections.Counter(found) == collections.Counter(texts)
+    block = 32
+    n = train.n_blocks(block)
+    blocks = [train.batch(i, 1, block) for i in range(n)]
+    assert np.concatenate(blocks).ravel().tolist() == train.file.memmap()[:n * block].tolist()
+
+
+def test_shuffling_is_seeded_and_stays_inside_the_buffer(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(500))
+    orders = []
+    for seed, cache in ((1, "a"), (1, "b"), (2, "a")):
+        tokenizer, train, _ = prepared(path, tmp_path / cache, seed=seed, shuffle_buffer=100)
+        orders.append(decode_documents(tokenizer, packed(train)))
+    source = [text for _, text in open_source(path).documents("train")]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0][:100]) == sorted(source[:100]) and orders[0][:100] != source[:100]
+
+
+def test_later_epochs_read_each_block_once_in_another_order(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    _, train, _ = prepared(path, tmp_path / "cache", 100)
+    first = train.batch(0, 4, 16)
+    packed(train)
+    n = train.n_blocks(16)
+    blocks = [tuple(train.batch(i, 1, 16)[0].tolist()) for i in range(3 * n)]
+    epochs = [blocks[:n], blocks[n:2 * n], blocks[2 * n:]]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert (first == train.batch(0, 4, 16)).all()
+    at = n // 5  # a batch across the end of an epoch
+    assert [tuple(row) for row in train.batch(at, 5, 16).tolist()] == blocks[5 * at:5 * at + 5]
+
+
+def test_a_second_run_reads_the_same_bytes_with_no_request(pajama, tmp_path):
+    _, train, _ = prepared("slimpajama", tmp_path, shuffle_buffer=300)
+    data = packed(train)
+    pajama.asked.clear()
+    tokenizer, again, validation = prepared("slimpajama", tmp_path, shuffle_buffer=300)
+    assert again.batch(0, 8, 32).shape == (8, 32) and validation.batch(0, 2, 32).shape == (2, 32)
+    assert packed(again) == data and pajama.asked == []
+    assert decode_documents(tokenizer, validation.file.bin.read_bytes()) == pajama.texts["validation"]
+
+
+CHILD = """
+import sys, time
+from data import pack, sources
+sources.ROWS_URL, cache = sys.argv[1:]
+pack.CHUNK = 100
+_, train, _ = pack.prepare("slimpajama", "bpe", 10**9, cache=cache, shuffle_buffer=300, say=lambda line: None)
+while not train.file.state["done"]:
+    train.stream.want(10**9)
+    time.sleep(0.01)
+"""
+
+
+def start_child(server, cache):
+    """A process that prepares all of the made-up SlimPajama."""
+    return subprocess.Popen([sys.executable, "-c", CHILD, server.url + "rows", cache], cwd=HERE)
+
+
+def test_after_kill_9_no_row_comes_twice_and_the_bytes_are_the_same(pajama, tmp_path):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    _, train, _ = prepared("slimpajama", calm, shuffle_buffer=300)
+    expected = packed(train)
+    prepared("slimpajama", killed, 0, shuffle_buffer=300)  # the tokenizer and validation
+    pajama.answered.clear()
+    pajama.faults = {("train", 500): ["hang"]}
+    child = start_child(pajama, killed)
+    assert pajama.hanging.wait(60)
+    child.kill()
+    child.wait()
+    assert {row for _, row in pajama.answered} == set(range(500))
+    _, train, _ = prepared("slimpajama", killed, shuffle_buffer=300)
+    assert packed(train) == expected
+    assert sorted(row for _, row in pajama.answered) == list(range(1030))
+
+
+def test_a_preparation_stopped_at_any_write_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "CHUNK", 16)
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=40)
+    expected = packed(train)
+
+    class Killed(Exception):
+        pass
+
+    for when in range(1, 100):
+        calls = [0]
+
+        def fsync(file):
+            calls[0] += 1
+            if calls[0] == when:
+                raise Killed
+
+        cache = tmp_path / f"killed{when}"
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            _, train, _ = prepared(path, cache, shuffle_buffer=40)
+            packed(train)
+            break
+        except Killed:
+            pass
+        monkeypatch.setattr(os, "fsync", lambda file: None)  # the process is killed here, not the power
+        _, train, _ = prepared(path, cache, shuffle_buffer=40)
+        assert packed(train) == expected, f"stopped at write {when}"
+    assert 20 < when < 99
+
+
+def test_a_torn_end_is_cut_off_and_a_later_run_wanting_more_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "CHUNK", 10)
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=100)
+    expected = packed(train)
+    _, train, _ = prepared(path, tmp_path / "torn", 1000, shuffle_buffer=100)
+    train.batch(0, 4, 32)
+    train.stream.thread.join()
+    assert 1000 <= train.file.state["tokens"] < len(expected) / 4
+    with open(train.file.bin, "ab") as file:
+        file.write(b"torn")
+    with open(train.file.bin.with_name("window.spool"), "ab") as file:
+        file.write(b'[9999, "to')
+    _, train, _ = prepared(path, tmp_path / "torn", shuffle_buffer=100)
+    assert packed(train) == expected
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name, damage, complaint", [
+    ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "train.bin is too short"),
+    ("train.bin", lambda path: path.unlink(), "train.bin is too short"),
+    ("train.bin", flip, "train.bin is damaged"),
+    ("validation.bin", flip, "validation.bin is damaged"),
+    ("train.json", lambda path: path.unlink(), "train.json is missing"),
+    ("train.json", lambda path: path.write_text("{"), "train.json is damaged"),
+    ("train.json", lambda path: path.write_text("[]"), "train.json is damaged"),
+    ("train.json", lambda path: path.write_text(path.read_text().replace('"seed": 42', '"seed": 3')), "of other data"),
+    ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "tokenizer.json cannot be read"),
+])
+def test_a_damaged_or_foreign_cache_is_named(tmp_path, name, damage, complaint):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    _, train, _ = prepared(path, tmp_path / "cache")
+    packed(train)
+    damage(train.file.bin.parent / name)
+    with pytest.raises(UserError, match=complaint):
+        prepared(path, tmp_path / "cache")
+
+
+def test_a_changed_corpus_does_not_read_the_old_cache(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    _, train, _ = prepared(path, tmp_path / "cache")
+    old = packed(train)
+    write_jsonl(path, make_texts(60, seed=5))
+    _, train, _ = prepared(path, tmp_path / "cache")
+    assert packed(train) != old
+
+
+def test_processes_that_prepare_the_same_cache_at_once_agree(pajama, tmp_path):
+    children = [start_child(pajama, tmp_path / "shared") for _ in range(2)]
+    assert [child.wait(120) for child in children] == [0, 0]
+    assert pajama.answered.count(("train", 999)) == 2  # for the tokenizer and for the tokens, not twice as often
+    _, train, _ = prepared("slimpajama", tmp_path / "alone", shuffle_buffer=300)
+    assert packed(train) == next((tmp_path / "shared").glob("*/train.bin")).read_bytes()
+
+
+def test_what_stops_the_stream_reaches_the_reader_but_only_when_it_needs_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "CHUNK", 10)
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(1000, seed=4))
+    with open(path, "a") as file:
+        file.write("bad\n")
+    monkeypatch.setattr(tokenizer_module, "TRAINING_CHARACTERS", 10_000)  # the tokenizer stops before the bad line
+    _, train, _ = prepared(path, tmp_path, shuffle_buffer=50, validation_tokens=10)
+    assert train.batch(0, 2, 32).shape == (2, 32)
+    with pytest.raises(UserError, match="line 1001 is not JSON"):
+        packed(train)
+    assert train.batch(1, 2, 32).shape == (2, 32)
+
+
+def test_prose_is_prepared_once_and_read_from_the_cache_afterwards(tmp_path, monkeypatch):
+    tokenizer, train, validation = prepared("prose", tmp_path)
+    packed(train)
+    assert tokenizer.size == 4096 and validation.n_blocks(256) > 50 and train.n_blocks(256) > 3000
+    first = train.batch(0, 8, 256)
+    monkeypatch.setattr(sources.Prose, "documents", None)  # nobody may ask for them again
+    _, train, _ = prepared("prose", tmp_path)
+    assert torch.equal(train.batch(0, 8, 256), first)
+
+
+# -----------------------------------------------------------------------------
 # stage I
 
 
@@ -256,7 +875,8 @@ def exact_topk(scores, k):
 def test_topk_mask_is_the_exact_global_topk(kind, piece, monkeypatch):
     monkeypatch.setattr(pmp, "PIECE", piece)
     generator = torch.Generator().manual_seed(3)
-    draw = {name: torch.randn(shape, generator=generator) for name, shape in {"a": (17, 5), "b": (60,), "c": (3, 4, 5)}.items()}
+    shapes = {"a": (17, 5), "b": (60,), "c": (3, 4, 5)}
+    draw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     change = {"random": lambda x: x, "constant": lambda x: x * 0 - 2.5, "tied": lambda x: x.round(),
               "zeros": lambda x: x * 0, "mostly zero": lambda x: x * (x > 1), "tiny": lambda x: x * 1e-40,
               "wide": lambda x: x * 10 ** (8 * x)}[kind]
@@ -386,18 +1006,15 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small .jsonl in which every sentence has a subject that decides its end, so that there is something to learn."""
-    path = tmp_path_factory.mktemp("corpus") / "small.jsonl"
+    """A small .jsonl in which the subject of a sentence decides its end, so that there is something to learn."""
     words = random.Random(0)
     ends = {"The cat": "drinks milk", "A dog": "chases the ball", "My mask": "stays private", "One ticket": "wins early",
             "This model": "is released without it"}
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(400):
-            text = " ".join(f"{subject} {words.choice(['often', 'never', 'always', 'now'])} {ends[subject]} in "
-                            f"{words.choice('January February March April May June July'.split())} {words.randint(1, 99)}."
-                            for subject in words.choices(list(ends), k=words.randint(2, 9)))
-            file.write(json.dumps({"text": text}) + "\n")
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "small.jsonl", (
+        " ".join(f"{subject} {words.choice(['often', 'never', 'always', 'now'])} {ends[subject]} in "
+                 f"{words.choice('January February March April May June July'.split())} {words.randint(1, 99)}."
+                 for subject in words.choices(list(ends), k=words.randint(2, 9)))
+        for _ in range(400)))
 
 
 @pytest.fixture(scope="session")
@@ -408,8 +1025,8 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flags(corpus, cache):
     """Flags of a run that takes about a second: weight decay, accumulation, clipping and bf16 (where it is) are on."""
-    return ["--data", str(corpus), "--cache", str(cache), "--block-size", "32", "--batch-size", "2", "--grad-accum", "2",
-            "--steps", "6", "--warmup", "2", "--eb-steps", "3", "--val-every", "3", "--val-blocks", "8",
+    return ["--data", str(corpus), "--cache", str(cache), "--block-size", "32", "--batch-size", "2",
+            "--grad-accum", "2", "--steps", "6", "--warmup", "2", "--eb-steps", "3", "--val-every", "3", "--val-blocks", "8",
             "--save-every", "2", "--lr", "1e-3"]
 
 
@@ -456,10 +1073,12 @@ def test_a_real_run_leaves_the_complement_at_theta_0(finished):
 
 def test_a_run_says_what_it_does(finished):
     text = (finished / "stdout").read_text()
-    assert "the ticket is the LAST mask" in text and "iou chance 0.538" in text and "ticket density: embedding 0." in text
+    assert "the ticket is the LAST mask" in text and "iou chance 0.538" in text
+    assert "ticket density: embedding 0." in text
     assert "released" in text and "\r" not in text
     lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"]) for line in lines] == [("I", i) for i in (1, 2, 3)] + [("II", i) for i in range(1, 7)]
+    steps = [("I", step) for step in (1, 2, 3)] + [("II", step) for step in range(1, 7)]
+    assert [(line["stage"], line["step"]) for line in lines] == steps
     assert all("val_loss" in line for line in lines[5::3]) and all(0 < line["iou"] < 1 for line in lines[1:3])
     assert lines[3]["loss"] == pytest.approx(math.log(load_folder(finished / "release").config.vocab_size), rel=0.02)
 
@@ -471,7 +1090,7 @@ def test_the_release_holds_weights_config_and_tokenizer_alone(finished, flags, t
     dense = tmp_path / "dense"
     pmp.main([*flags, "--rho", "1.0", "--out", str(dense)])
     assert not (dense / "private" / "mask.safetensors").exists()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # nothing but the weights differs by the mask
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # the weights alone know a mask
         assert (dense / "release" / name).read_bytes() == (release / name).read_bytes()
     headers = [(folder / "release" / "model.safetensors").read_bytes() for folder in (dense, finished)]
     header = [json.loads(h[8:8 + int.from_bytes(h[:8], "little")]) for h in headers]
@@ -532,15 +1151,19 @@ def test_kill_minus_9_and_resume_end_with_the_same_bits(flags, tmp_path):
     pmp.main([*flags, "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
     for stage, step in (("I", 2), ("II", 3), ("II", 7)):  # in the warm-up, between two checkpoints, near the end
-        process = start_and_wait(flags + ["--out", str(out)] if stage == "I" else ["--resume", str(out)], out, stage, step)
+        begin = flags + ["--out", str(out)] if stage == "I" else ["--resume", str(out)]
+        process = start_and_wait(begin, out, stage, step)
         process.kill()
         process.communicate()
     result = command("--resume", out)
     assert result.returncode == 0 and "going on after update" in result.stdout
     assert fingerprint(weights(out)) == fingerprint(weights(tmp_path / "whole"))
-    log = [(line["stage"], line["step"], line["loss"]) for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
-    assert log == [(line["stage"], line["step"], line["loss"]) for line in
-                   map(json.loads, (tmp_path / "whole" / "log.jsonl").read_text().splitlines())]
+    assert logged_losses(out) == logged_losses(tmp_path / "whole")
+
+
+def logged_losses(out):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [(line["stage"], line["step"], line["loss"]) for line in lines]
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(flags, tmp_path):
@@ -555,7 +1178,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(flags, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path):
     out = tmp_path / "out"
-    result = command(*flags, "--lr", "1e30", "--weight-decay", "0", "--mask", "random", "--save-every", "1", "--out", out)
+    result = command(*flags, "--lr", "1e30", "--weight-decay", "0", "--mask", "random", "--save-every", "1",
+                     "--out", out)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "of stage II: the " in result.stderr and "lower --lr" in result.stderr
     tensors, state = load_safetensors(out / "private" / "checkpoint.safetensors")
@@ -575,9 +1199,9 @@ def test_compile_or_its_fallback_trains(flags, tmp_path, monkeypatch, capsys):
     assert weights(tmp_path / "out")
 
 
-def bad(*flags, expect, capsys, code=2):
+def bad(*flags, expect, capsys, code=2, main=pmp.main):
     with pytest.raises(SystemExit) as leave:
-        pmp.command_line(lambda: pmp.main([str(flag) for flag in flags]))
+        pmp.command_line(lambda: main([str(flag) for flag in flags]))
     error = capsys.readouterr().err
     assert leave.value.code == code and expect in error and "Traceback" not in error, error
 
@@ -637,3 +1261,655 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(flags, tmp_pa
     bad(*flags, "--save-every", "1", "--out", out, expect="no space left to write", capsys=capsys)
     assert load_safetensors(out / "private" / "checkpoint.safetensors")[0]
     assert not list(out.rglob("*.partial"))
+
+
+# -----------------------------------------------------------------------------
+# glue.py: tasks and their files
+
+HEADER = {
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "mnli": "index\tpromptID\tpairID\tgenre\tp1\tp2\tp3\tp4\tsentence1\tsentence2\tlabel1\tgold_label",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+}
+ROW = {  # a row of each official file, with what must be read from it
+    "cola": ("gj04\t0\t*\tThe cat were \"here. ", ("The cat were \"here. ", "", 0)),
+    "sst2": ("hide new secretions \t1", ("hide new secretions ", "", 1)),
+    "mrpc": ("1\t702876\t702977\tHe said \"a.\tHe said b.", ("He said \"a.", "He said b.", 1)),
+    "qqp": ("7\t1\t2\tWhy?\tHow?\t0", ("Why?", "How?", 0)),
+    "stsb": ("0\tmain\tf\t2012\t1\tnone\tnone\tA plane.\tAn air plane.\t3.800", ("A plane.", "An air plane.", 3.8)),
+    "mnli": ("0\t1\t1e\tfiction\t(\t(\t(\t(\tOne.\tTwo.\tneutral\tcontradiction", ("One.", "Two.", 2)),
+    "qnli": ("0\tWho?\t\"He.\tnot_entailment", ("Who?", "\"He.", 1)),
+    "rte": ("0\tLong.\tShort.\tentailment", ("Long.", "Short.", 0)),
+}
+
+
+def write_tsv(folder, name, rows, split=None, end="\n"):
+    """The rows (strings) as an official file of task `name`: of every split, or of one."""
+    for file in glue.TASKS[name].files:
+        if split is None or file.endswith(f"/{split}.tsv"):
+            path = folder / file
+            path.parent.mkdir(exist_ok=True)
+            lines = [HEADER[name], *rows] if name in HEADER else rows
+            path.write_bytes(("\n".join(lines) + end).encode())
+    return path
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_every_official_layout_is_read_and_no_row_is_lost(name, tmp_path):
+    row, expected = ROW[name]
+    write_tsv(tmp_path, name, [row] * 5, end="")  # like CoLA's dev file: no line feed at the end, an open quote
+    loaded = glue.load_task(name, tmp_path)
+    assert list(loaded) == list(glue.TASKS[name].rows)
+    assert all(rows == [expected] * 5 for rows in loaded.values())
+
+
+def test_mnli_label_is_the_last_column_also_where_dev_has_five_annotators(tmp_path):
+    write_tsv(tmp_path, "mnli", [ROW["mnli"][0]])
+    wide = HEADER["mnli"].replace("\tgold_label", "\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label")
+    row = "0\t1\t1e\tfiction\t(\t(\t(\t(\tOne.\tTwo." + "\tneutral" * 5 + "\tentailment"
+    (tmp_path / "MNLI/dev_matched.tsv").write_text(f"{wide}\n{row}\n")
+    loaded = glue.load_task("mnli", tmp_path)
+    assert loaded["dev_matched"] == [("One.", "Two.", 0)] and loaded["dev_mismatched"] == [("One.", "Two.", 2)]
+
+
+def test_only_a_line_feed_ends_a_row_and_carriage_returns_go(tmp_path):
+    odd = "a\u2028b\u0085c\x0bd\x1ce\rf"
+    write_tsv(tmp_path, "rte", [f"0\t{odd}\tx\tentailment\r", "1\ty\tz\tnot_entailment\r"])
+    assert glue.load_task("rte", tmp_path)["dev"] == [(odd, "x", 0), ("y", "z", 1)]
+
+
+@pytest.mark.parametrize("name", ["qqp", "mnli"])
+def test_rows_with_fields_missing_are_skipped_and_counted_where_official_files_have_them(name, tmp_path, capsys):
+    row, expected = ROW[name]
+    short, unlabelled = row.rpartition("\t")[0], row.rpartition("\t")[0] + "\t"
+    write_tsv(tmp_path, name, [row, short, row, unlabelled, "", row])
+    assert glue.load_task(name, tmp_path)["train"] == [expected] * 3
+    assert "train.tsv: skipped 3 rows with fields missing" in capsys.readouterr().out
+
+
+def test_a_row_with_fields_missing_is_an_error_elsewhere(tmp_path):
+    write_tsv(tmp_path, "rte", [ROW["rte"][0], "1\tonly\ttwo"], "train")
+    with pytest.raises(UserError, match=r"RTE/train\.tsv, line 3 has 3 columns, not 4"):
+        glue.load_task("rte", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qqp", "qnli", "cola"])
+def test_a_row_with_too_many_columns_is_an_error(name, tmp_path):
+    path = write_tsv(tmp_path, name, [ROW[name][0], ROW[name][0] + "\tmore"], "train")
+    with pytest.raises(UserError, match=f"train.tsv, line {2 + (name in HEADER)} has"):
+        glue.read_tsv(glue.TASKS[name], path)
+
+
+@pytest.mark.parametrize("name, row, label", [
+    ("cola", "gj04\t2\t\tWords.", "'2'"),
+    ("rte", "0\ta\tb\tneutral", "'neutral'"),
+    ("mnli", ROW["mnli"][0].rpartition("\t")[0] + "\t-", "'-'"),
+    ("stsb", ROW["stsb"][0].rpartition("\t")[0] + "\t5.1", r"'5\.1'"),
+    ("stsb", ROW["stsb"][0].rpartition("\t")[0] + "\tnan", "'nan'"),
+    ("stsb", ROW["stsb"][0].rpartition("\t")[0] + "\thigh", "'high'"),
+])
+def test_an_unknown_label_is_named_with_file_and_line(name, row, label, tmp_path):
+    path = write_tsv(tmp_path, name, [ROW[name][0], row], "train")
+    with pytest.raises(UserError, match=rf"train\.tsv, line {2 + (name in HEADER)}: unknown label {label}"):
+        glue.read_tsv(glue.TASKS[name], path)
+
+
+def test_a_header_with_too_few_columns_is_an_error(tmp_path):
+    (tmp_path / "RTE").mkdir()
+    (tmp_path / "RTE/train.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\tentailment\n")
+    with pytest.raises(UserError, match=r"train\.tsv, line 1 has 3 columns"):
+        glue.load_task("rte", tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("rte", HEADER["rte"] + "\n"), ("rte", ""), ("cola", "")])
+def test_an_empty_split_is_an_error(name, content, tmp_path):
+    path = tmp_path / glue.TASKS[name].folder / "train.tsv"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"train\.tsv has no rows"):
+        glue.load_task(name, tmp_path)
+
+
+def test_a_missing_file_is_an_error_that_names_glue_dir(tmp_path):
+    with pytest.raises(UserError, match=r"CoLA/train\.tsv: give --glue-dir"):
+        glue.load_task("cola", tmp_path / "nowhere")
+    write_tsv(tmp_path, "mnli", [ROW["mnli"][0]])
+    (tmp_path / "MNLI/dev_mismatched.tsv").unlink()
+    with pytest.raises(UserError, match=r"dev_mismatched\.tsv: give --glue-dir"):
+        glue.load_task("mnli", tmp_path)
+
+
+def test_a_file_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA/train.tsv").write_bytes(b"gj04\t1\t\tcaf\xe9 is open.\n")
+    with pytest.raises(UserError, match=r"train\.tsv is not UTF-8"):
+        glue.load_task("cola", tmp_path)
+
+
+def test_columns_stand_in_the_order_of_table_1():
+    assert glue.COLUMNS == "CoLA SST-2 MRPC QQP STS-B MNLI-m MNLI-mm QNLI RTE".split()
+    assert all(len(task.columns) == len(task.rows) - 1 for task in glue.TASKS.values())
+
+
+# -----------------------------------------------------------------------------
+# glue.py: downloads
+
+
+@pytest.fixture
+def site(server, monkeypatch):
+    """Both of GLUE's addresses. files: {name: bytes}; ranges: whether it honours Range; cut: bytes after which the first
+    answer for each file breaks off; asked: the (name, Range header) of every request."""
+    server.files, server.ranges, server.cut, server.asked = {}, True, 10**9, []
+
+    def respond(path, headers):
+        name, asked_before = path[1:], {name for name, _ in server.asked}
+        server.asked.append((name, headers["Range"]))
+        if name not in server.files:
+            return 404, {}, b"", 0
+        start = int(headers["Range"].removeprefix("bytes=").removesuffix("-")) if server.ranges else 0
+        body = server.files[name][start:]
+        return 206 if server.ranges else 200, {}, body, len(body) if name in asked_before else server.cut
+
+    server.respond = respond
+    monkeypatch.setattr(glue, "GLUE_URL", server.url)
+    monkeypatch.setattr(glue, "MRPC_URL", server.url)
+    monkeypatch.setattr(glue, "BACKOFF", 0.001)
+    return server
+
+
+def publish(site, monkeypatch, name, files):
+    """Serve `files` as the downloads of task `name`, with their sizes and sums in the table."""
+    site.files |= files
+    sums = {file: (len(body), hashlib.sha256(body).hexdigest()) for file, body in files.items()}
+    monkeypatch.setitem(glue.TASKS, name, dataclasses.replace(glue.TASKS[name], downloads=sums))
+
+
+def zip_of(entries):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for entry, content in entries.items():
+            file.writestr(entry, content)
+    return buffer.getvalue()
+
+
+def rte_zip(**more):
+    content = "\n".join([HEADER["rte"], *[ROW["rte"][0]] * 2000])
+    return zip_of({"RTE/train.tsv": content, "RTE/dev.tsv": content, "RTE/test.tsv": "not needed"} | more)
+
+
+def test_a_download_is_checked_unpacked_and_not_repeated(site, monkeypatch, tmp_path):
+    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip()})
+    glue.fetch("rte", tmp_path)
+    glue.fetch("rte", tmp_path)
+    assert site.asked == [("RTE.zip", "bytes=0-")]
+    assert {len(rows) for rows in glue.load_task("rte", tmp_path).values()} == {2000}
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["RTE/dev.tsv", "RTE/train.tsv"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_dropped_connection_goes_on_where_it_stopped_or_starts_again(ranges, site, monkeypatch, tmp_path):
+    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip()})
+    site.cut, site.ranges = 70_000, ranges
+    glue.fetch("rte", tmp_path)
+    (first, second) = site.asked
+    kept = int(second[1].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < kept <= 70_000 and first == ("RTE.zip", "bytes=0-")
+    assert len(glue.load_task("rte", tmp_path)["train"]) == 2000
+
+
+def test_a_download_goes_on_in_a_later_run(site, monkeypatch, tmp_path):
+    body = rte_zip()
+    publish(site, monkeypatch, "rte", {"RTE.zip": body})
+    (tmp_path / "RTE.zip.part").write_bytes(body[:1000])
+    glue.fetch("rte", tmp_path)
+    assert site.asked == [("RTE.zip", "bytes=1000-")]
+
+
+@pytest.mark.parametrize("body", [b"x" * 1000, b"x" * 1001, b"x" * 999])
+def test_a_wrong_checksum_or_size_never_lands(body, site, monkeypatch, tmp_path):
+    publish(site, monkeypatch, "rte", {"RTE.zip": b"y" * 1000})
+    site.files["RTE.zip"] = body
+    with pytest.raises(UserError, match=r"RTE\.zip.*--glue-dir.*--standin"):
+        glue.fetch("rte", tmp_path)
+    assert len(site.asked) == glue.TRIES
+    assert not (tmp_path / "RTE.zip").exists() and not (tmp_path / "RTE").exists()
+
+
+def test_a_damaged_part_of_an_earlier_run_is_thrown_away(site, monkeypatch, tmp_path):
+    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip()})
+    (tmp_path / "RTE.zip.part").write_bytes(b"damaged")
+    glue.fetch("rte", tmp_path)
+    assert [asked for _, asked in site.asked] == ["bytes=7-", "bytes=0-"]
+
+
+@pytest.mark.parametrize("entry", ["../outside.txt", "RTE/../../outside.txt", "{elsewhere}/outside.txt"])
+def test_a_zip_entry_that_would_leave_the_folder_is_refused(entry, site, monkeypatch, tmp_path):
+    folder = tmp_path / "cache"
+    entry = entry.format(elsewhere=tmp_path)
+    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip(**{entry: "gotcha"})})
+    with pytest.raises(UserError, match="would leave the folder"):
+        glue.fetch("rte", folder)
+    assert not list(tmp_path.rglob("outside.txt")) and not (folder / "RTE").exists()
+
+
+def test_mrpc_is_put_together_from_its_files(site, monkeypatch, tmp_path):
+    rows = [f"{i % 2}\t{i}\t{100 + i}\tA \"{i}.\tB {i}." for i in range(10)]
+    publish(site, monkeypatch, "mrpc", {
+        "msr_paraphrase_train.txt": "\r\n".join([HEADER["mrpc"], *rows, ""]).encode(),
+        "mrpc_dev_ids.tsv": "\ufeff3\t103\r\n7\t107\r\n1\t999".encode(),
+    })
+    glue.fetch("mrpc", tmp_path)
+    loaded = glue.load_task("mrpc", tmp_path)
+    assert loaded["dev"] == [(f'A "{i}.', f"B {i}.", 1) for i in (3, 7)]
+    assert loaded["train"] == [(f'A "{i}.', f"B {i}.", i % 2) for i in range(10) if i not in (3, 7)]
+
+
+def test_an_address_that_cannot_be_reached_is_one_sentence_with_the_way_out(site, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"CoLA\.zip \(404\): .*--glue-dir.*--standin"):
+        glue.fetch("cola", tmp_path)
+    monkeypatch.setattr(glue, "GLUE_URL", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match=r"CoLA\.zip \(ConnectionError\): .*--glue-dir.*--standin") as caught:
+        glue.fetch("cola", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# glue.py: metrics
+
+
+def test_metrics_worked_by_hand():
+    predicted, true = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0])  # 2 true and 1 false of each kind
+    assert glue.accuracy(predicted, true) == pytest.approx(4 / 6)
+    assert glue.f1(predicted, true) == pytest.approx(2 * 2 / (3 + 3))
+    assert glue.mcc(predicted, true) == pytest.approx((2 * 2 - 1 * 1) / 9)
+    assert glue.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    assert glue.pearson([1, 2, 3], [1, 2, 4]) == pytest.approx(3 / (2 * 14 / 3) ** 0.5)
+    assert glue.spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
+    # clipped to 0, 0, 5, 5 and rounded (halves to even) to 2, 4; only the last differs from its label
+    assert glue.rounded_accuracy(np.array([-3, 0.4, 7, 4.6, 2.5, 3.5]), np.array([0, 0, 5, 5, 2.4, 3.4])) == 5 / 6
+    assert glue.rounded_accuracy(np.array([5.0, 0.0]), np.array([7.0, -1.0])) == 1
+
+
+def test_metrics_agree_with_scikit_learn_and_scipy():
+    sklearn, scipy = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        true = rng.integers(0, 2, 200)
+        predicted = np.where(rng.random(200) < 0.3, 1 - true, true)
+        assert glue.accuracy(predicted, true) == pytest.approx(sklearn.accuracy_score(true, predicted))
+        assert glue.f1(predicted, true) == pytest.approx(sklearn.f1_score(true, predicted))
+        assert glue.mcc(predicted, true) == pytest.approx(sklearn.matthews_corrcoef(true, predicted))
+        x, y = rng.normal(size=200).round(1), rng.normal(size=200).round(1)  # rounded, so there are ties
+        assert glue.pearson(x, x + y) == pytest.approx(scipy.pearsonr(x, x + y)[0])
+        assert glue.spearman(x, x + y) == pytest.approx(scipy.spearmanr(x, x + y)[0])
+
+
+def test_degenerate_predictions_have_defined_scores():
+    true = [0, 1, 1, 0]
+    assert glue.score("cola", [1, 1, 1, 1], true) == {"accuracy": 50.0, "mcc": 0.0}
+    assert glue.score("cola", true, [1, 1, 1, 1])["mcc"] == 0.0
+    assert glue.score("mrpc", [0, 0, 0, 0], true) == {"accuracy": 50.0, "f1": 0.0}
+    assert glue.score("qqp", [0, 0], [0, 0]) == {"accuracy": 100.0, "f1": 0.0}
+    for odd in ([0.1] * 3, [np.nan, 1.0, 2.0], [np.inf, 1.0, 2.0]):
+        scores = glue.score("stsb", odd, [1.0, 2.0, 5.0])
+        assert scores["pearson"] == scores["spearman"] == 0.0 and 0 <= scores["accuracy"] <= 100
+    assert glue.score("stsb", [1e-200, 2e-200, 4e-200], [1.0, 2.0, 4.0])["pearson"] == pytest.approx(100)
+    assert glue.score("stsb", [3.0], [3.0]) == {"accuracy": 100.0, "pearson": 0.0, "spearman": 0.0}
+
+
+def test_scores_are_percent_with_accuracy_for_every_task():
+    assert all("accuracy" in metrics for metrics in glue.METRICS.values()) and list(glue.METRICS) == list(glue.TASKS)
+    assert glue.score("rte", [0, 1, 1, 1], [0, 1, 1, 0]) == {"accuracy": 75.0}
+    assert glue.score("cola", [0, 1], [0, 1]) == pytest.approx({"accuracy": 100.0, "mcc": 100.0})
+
+
+# -----------------------------------------------------------------------------
+# glue.py: the table
+
+
+def outcome(method, authorised, seed, last, best=0.0, column="RTE"):
+    scores = {column: {"last": {"accuracy": last, "f1": 1.0}, "best": {"accuracy": best, "f1": 1.0}}}
+    return dict(task="rte", model="out/release", method=method, authorised=authorised, seed=seed, scores=scores)
+
+
+def test_the_table_has_mean_and_spread_in_its_cells_and_dashes_where_nothing_was_measured():
+    text = glue.table([outcome("full", True, 1, 50.0), outcome("full", False, 1, 60.0, 61.0),
+                       outcome("full", False, 2, 62.0, 65.0), outcome("base", False, 1, 100.0, column="MNLI-mm")])
+    title, columns, model, *rows = text.splitlines()
+    assert title.startswith("GLUE dev") and columns.split() == glue.COLUMNS and model == "out/release"
+    assert [row.split() for row in rows] == [
+        ["base", *["-"] * 6, "100.0", "-", "-"],
+        ["full", *["-"] * 8, "61.00", "±1.41"],
+        ["full", "+", "mask", *["-"] * 8, "50.00"],
+    ]
+    assert {row.rindex(word) for row, word in zip([columns, *rows], ["RTE", "-", "61", "50"])} == {columns.index("RTE")}
+    both = [outcome("full", False, seed, 0.0, best) for seed, best in ((1, 61.0), (2, 65.0))]
+    assert "63.00 ±2.83" in glue.table(both, epoch="best")
+
+
+def test_a_repeated_seed_counts_once():
+    assert "50.00" in glue.table([outcome("full", False, 1, 0.0), outcome("full", False, 1, 50.0)])
+
+
+def test_a_stand_in_table_says_so_in_its_title():
+    assert "stand-in, not GLUE" in glue.table([], standin=True).splitlines()[0]
+    assert "stand-in" not in glue.table([])
+
+
+def test_the_papers_numbers_come_on_request_and_nothing_is_wider_than_120_columns():
+    kinds = [(method, False) for method in glue.METHODS] + [("lora", True), ("full", True)]
+    results = [outcome(*kind, seed, value, column=column) for kind in kinds for column in glue.COLUMNS
+               for seed, value in enumerate((0.0, 100.0) if kind[1] else (100.0, 100.0))]
+    text = glue.table(results, paper=True, standin=True)
+    assert max(map(len, text.splitlines())) <= 120
+    assert "lora, PMP   65.96       72.13       63.97       74.66" in text and "50.05       65.94       61.40" in text
+    assert all(len(row.split()) == 9 for kinds in glue.PAPER.values() for pair in kinds.values() for row in pair)
+
+
+# -----------------------------------------------------------------------------
+# glue.py: encoding and batches
+
+
+class Letters:
+    eos = 0
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+def test_pairs_are_joined_by_the_separator_and_cut_from_the_longer_text():
+    def encode(a, b, length):
+        return "".join(chr(i) if i else "|" for i in glue.encode_pair(Letters(), a, b, length))
+
+    assert encode("abc", "xyz", 7) == "abc|xyz"
+    assert encode("abcdefgh", "xyz", 8) == "abcd|xyz"
+    assert encode("abc", "uvwxyz", 8) == "abc|uvwx"
+    assert encode("abcdefgh", "stuvwxyz", 8) == "abcd|stu"
+    assert encode("abcdefgh", "xyz", 4) == "ab|x"
+    assert encode("abcdefgh", "", 5) == "abcde"
+    assert encode("", "xyz", 9) == "|xyz" and encode("", "", 9) == "|"
+
+
+def test_grouping_by_length_loses_no_row_and_pads_little():
+    lengths = np.random.default_rng(0).integers(1, 100, 1003).tolist()
+    batches = glue.group_by_length(lengths, 8, seed=[1, 2])
+    assert sorted(row for batch in batches for row in batch) == list(range(1003))
+    assert sorted(map(len, batches)) == [3] + [8] * 125
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+    assert batches == glue.group_by_length(lengths, 8, seed=[1, 2]) != glue.group_by_length(lengths, 8, seed=[1, 3])
+    firsts = [lengths[batch[0]] for batch in glue.group_by_length(lengths[:400], 8, seed=0)]  # one pool
+    assert len(firsts) == 50 and firsts != sorted(firsts)
+
+
+# -----------------------------------------------------------------------------
+# data/standin.py, which glue.py uses
+
+
+def standin_texts(n=40):
+    verbs, nouns = "opens closes reads keeps writes".split(), "file socket array tensor thread queue".split()
+    limits = ["", " only"]
+    return [
+        " ".join(f"The {nouns[(i + j) % 6]} number{i} {verbs[j]}{limits[j % 2]} one part{j} of it." for j in range(5))
+        for i in range(n)
+    ]
+
+
+def test_the_stand_in_has_the_official_layout_and_both_kinds_of_every_label(tmp_path, capsys):
+    write_standin(tmp_path, standin_texts(), train=80, dev=30)
+    for name, task in glue.TASKS.items():
+        loaded = glue.load_task(name, tmp_path)
+        assert list(loaded) == list(task.rows)
+        for split, rows in loaded.items():
+            assert 0.5 * (80 if split == "train" else 30) <= len(rows) == len(set(rows))
+            assert len({row[2] for row in rows}) >= max(2, len(task.labels))
+            assert all(row[0] and bool(row[1]) == (len(task.text) == 2) for row in rows)
+    assert "skipped" not in capsys.readouterr().out
+    assert not (tmp_path / "CoLA/dev.tsv").read_bytes().endswith(b"\n")
+    assert (tmp_path / "MRPC/dev.tsv").read_bytes().startswith("\ufeffQuality\t#1 ID\t".encode())
+    assert all(row[0].endswith(" ") for row in glue.load_task("sst2", tmp_path)["dev"])
+
+
+def test_the_stand_in_keeps_documents_apart(tmp_path):
+    write_standin(tmp_path, standin_texts())
+    for name, task in glue.TASKS.items():
+        seen = [{word for a, b, _ in rows for word in f"{a} {b}".split() if word.startswith("number")}
+                for rows in glue.load_task(name, tmp_path).values()]
+        assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_the_stand_in_is_the_same_for_the_same_seed(tmp_path):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_standin(tmp_path / folder, standin_texts(), seed)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.tsv")]
+    assert len(files) == 17
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert all((tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes() for file in files)
+
+
+def test_the_stand_in_needs_documents(tmp_path):
+    with pytest.raises(UserError, match="20 documents"):
+        write_standin(tmp_path, standin_texts(19))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sentences_have_no_tabs_and_no_code():
+    text = "One sentence\tin\ntwo lines is here. Too short.\n\n>>> x = {1: [2], 3: (4 + 5)} ** 2 - {6} % 7 == 8.\n"
+    assert sentences(text) == ["One sentence in two lines is here."]
+
+
+# -----------------------------------------------------------------------------
+# glue.py: fine-tuning
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """The eight stand-in tasks, made from documents of the test's own."""
+    folder = tmp_path_factory.mktemp("standin")
+    words = random.Random(5)
+    nouns = "mask ticket model weight layer token loss step seed run".split()
+
+    def sentence():
+        parts = ["If the", "The", "A"], nouns, ["keeps", "finds", "moves", "hides"], ["no", "every", "one"], nouns, ["now."]
+        return " ".join(map(words.choice, parts))
+    write_standin(folder, [" ".join(sentence() for _ in range(8)) for _ in range(80)], train=64, dev=40)
+    return folder
+
+
+SETTINGS = glue.Settings(lr=3e-3, epochs=2, batch_size=8, max_length=32, dtype="fp32")
+CPU = pmp.Machine("cpu", "fp32")
+
+
+def tuned(model, standin, method, masks=None, seed=0, settings=SETTINGS, name="rte", data=None):
+    """(result, Classifier) of fine-tuning a copy of `model` on a stand-in task."""
+    vocab = model.config.vocab_size
+    data = data or {split: [([ord(letter) % vocab for letter in (a + b)[:30]], label) for a, b, label in rows]
+                    for split, rows in glue.load_task(name, standin).items()}
+    return glue.finetune(copy.deepcopy(model), name, data, method, seed, settings, CPU, masks)
+
+
+def differs(a, b):
+    """{name: bool} which entries of the bodies' parameters differ in any bit."""
+    others = dict(b.named_parameters())
+    return {name: p.view(torch.int32) != others[name].view(torch.int32) for name, p in a.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_authorised_user_moves_the_ticket_alone_and_an_outsider_the_rest_too(kind, method, standin):
+    model = small_model(kind)
+    masks = pmp.random_mask(dict(model.named_parameters()), 9000, b"m")
+    for authorised in (True, False):
+        result, classifier = tuned(model, standin, method, masks if authorised else None)
+        if method == "lora":
+            merge_lora(classifier.body)
+        moved = differs(classifier.body, model)
+        outside = sum(int((moved[name] & ~masks[name]).sum()) for name in masks)
+        inside = sum(int((moved[name] & masks[name]).sum()) for name in masks)
+        assert result["updates"] == 16 and inside > 0
+        assert (outside == 0) == authorised
+
+
+def test_each_method_trains_what_it_says(standin):
+    model = small_model("llama")
+    head = glue.Classifier(model, 2, 0).head
+    for method, body_moves, head_moves in (("base", False, False), ("probe", False, True), ("full", True, True)):
+        result, classifier = tuned(model, standin, method)
+        assert any(bool(m.any()) for m in differs(classifier.body, model).values()) == body_moves
+        assert bool((classifier.head != head).any()) == head_moves
+        assert result["updates"] == (0 if method == "base" else 16)
+    still = glue.Settings(lr=1e-9, epochs=1, batch_size=64, dtype="fp32")
+    _, scratch = tuned(model, standin, "scratch", settings=still)
+    redrawn = small_model("llama")
+    initialise(redrawn, b"scratch 0")
+    assert torch.allclose(scratch.body.lm_head.weight, redrawn.lm_head.weight, atol=1e-6)
+
+
+def test_masked_lora_has_a_masked_product():
+    model = small_model("llama")
+    masks = pmp.random_mask(dict(model.named_parameters()), 9000, b"m")
+    layer = add_lora(model, 4, 8, masks)[0]
+    torch.nn.init.normal_(layer.B)
+    name = next(name for name, module in model.named_modules() if module is layer) + ".weight"
+    assert torch.equal(layer.weight() != layer.base.weight, masks[name] & (layer.B @ layer.A != 0))
+
+
+def test_padding_does_not_change_a_prediction():
+    for kind in ("gpt2", "llama"):
+        classifier = glue.Classifier(small_model(kind), 3, 0)
+        rows = [[5, 6, 7], list(range(20)), [1] * 11, [96]]
+        together = classifier(*glue.pad(rows, "cpu"))
+        for row, alone in zip(rows, together):
+            assert (classifier(*glue.pad([row], "cpu"))[0] - alone).abs().max() < 1e-5
+        predicted = glue.predict(classifier, [(row, 0) for row in rows], 2, CPU)
+        assert predicted.tolist() == together.argmax(1).tolist()
+
+
+def test_a_tiny_model_learns_a_task_well_above_chance(standin):
+    """The label is whether token 3 comes before token 4 somewhere in the row."""
+    rng = random.Random(1)
+
+    def row():
+        ids = [rng.randint(10, 96) for _ in range(rng.randint(6, 14))]
+        a, b = sorted(rng.sample(range(len(ids)), 2))
+        label = rng.randint(0, 1)
+        ids[a], ids[b] = (3, 4) if label else (4, 3)
+        return ids, label
+    data = {"train": [row() for _ in range(800)], "dev": [row() for _ in range(200)]}
+    settings = glue.Settings(lr=3e-3, epochs=6, batch_size=16, dtype="fp32")
+    base, _ = tuned(small_model(), standin, "base", data=data, settings=settings)
+    full, _ = tuned(small_model(), standin, "full", data=data, settings=settings)
+    assert base["scores"]["RTE"]["last"]["accuracy"] < 65 and full["scores"]["RTE"]["last"]["accuracy"] > 85
+
+
+def test_regression_starts_in_the_middle_and_learns(standin):
+    rows = [([word] * 5, word / 10) for word in range(51)]
+    data = {"train": rows * 4, "dev": rows}
+    base, classifier = tuned(small_model(), standin, "base", name="stsb", data=data)
+    assert abs(glue.predict(classifier, rows, 8, CPU).mean() - 2.5) < 0.5
+    full, _ = tuned(small_model(), standin, "full", name="stsb", data=data)
+    assert full["scores"]["STS-B"]["last"]["pearson"] > 80
+
+
+def test_a_diverged_run_is_scored_and_says_so(standin):
+    settings = glue.Settings(lr=1e30, epochs=2, weight_decay=0.0, dtype="fp32")
+    result, _ = tuned(small_model(), standin, "full", settings=settings)
+    assert result["diverged"] and 0 <= result["scores"]["RTE"]["last"]["accuracy"] <= 100
+
+
+def test_limit_takes_the_first_rows_after_a_seeded_shuffle(standin):
+    seen = []
+
+    class Watch(pmp.MaskedAdamW):
+        def step(self, lr, clip):
+            seen.append(lr)
+            return super().step(lr, clip)
+    data = {"train": [([i + 1], i % 2) for i in range(60)], "dev": [([1], 0), ([2], 1)]}
+    settings = glue.Settings(lr=1e-3, epochs=1, batch_size=4, limit=10, dtype="fp32")
+    glue.finetune(small_model(), "rte", data, "full", 0, settings, CPU, make_optimizer=Watch)
+    assert seen == pytest.approx([1e-3, 1e-3, 5e-4])  # 3 updates: 1 of warm-up, then linear towards 0
+
+
+def sweep(finished, standin, results, *more):
+    return [str(finished / "release"), "--glue-dir", str(standin), "--results", str(results), "--epochs", "1",
+            "--max-length", "24", "--dtype", "fp32", *more]
+
+
+def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(finished, standin, tmp_path, capsys):
+    results = tmp_path / "glue.jsonl"
+    flags = sweep(finished, standin, results, "--tasks", "cola", "mnli", "--method", "base", "full", "--seed", "0", "1")
+    glue.main(flags)
+    text = capsys.readouterr().out
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["task"], r["method"], r["seed"]) for r in lines] == [
+        (task, method, seed) for task in ("cola", "mnli") for method in ("base", "full") for seed in (0, 1)]
+    assert lines[-1]["scores"].keys() == {"MNLI-m", "MNLI-mm"}
+    assert lines[0]["scores"]["CoLA"]["last"].keys() == {"accuracy", "mcc"}
+    assert lines[0]["settings"]["epochs"] == 1 and not lines[0]["authorised"] and "±" in text
+    whole = results.read_bytes()
+    results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-3]) + b'{"task": "mn')  # as a kill would leave it
+    glue.main(flags)
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert "mnli full seed 0:" in capsys.readouterr().out
+    assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in lines]
+    before = results.read_bytes()
+    glue.main(flags)
+    assert results.read_bytes() == before and "seed 0:" not in capsys.readouterr().out
+
+
+def test_outsider_and_authorised_rows_share_a_table(finished, standin, tmp_path, capsys):
+    results = tmp_path / "glue.jsonl"
+    glue.main(sweep(finished, standin, results, "--tasks", "rte", "--method", "full"))
+    glue.main(sweep(finished, standin, results, "--tasks", "rte", "--paper", "--method", "full", "lora",
+                    "--mask", str(finished / "private" / "mask.safetensors")))
+    text = capsys.readouterr().out
+    rows = text[text.rindex("GLUE dev: accuracy in %, last"):].splitlines()
+    assert [row[:11].strip() for row in rows[3:6]] == ["lora + mask", "full", "full + mask"]
+    assert "the paper's TinyLlama, without and with PMP, fine-tuned without the mask" in rows
+
+
+def test_a_plain_transformers_folder_fine_tunes_without_a_mask(standin, finished, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "release")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "release")
+    theirs.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    glue.main(["--glue-dir", str(standin), "--tasks", "rte", "--method", "base", "--results", str(tmp_path / "r"),
+               str(tmp_path / "hf")])
+    assert "rte base seed 42:" in capsys.readouterr().out
+
+
+def test_bad_input_of_glue_is_one_sentence(finished, standin, tmp_path, capsys):
+    def refused(*flags, expect):
+        bad(*flags, expect=expect, capsys=capsys, main=glue.main)
+
+    release, mask, results = finished / "release", finished / "private" / "mask.safetensors", tmp_path / "r.jsonl"
+    common = ["--glue-dir", standin, "--results", results, "--tasks", "rte"]
+    refused(tmp_path, *common, expect="no model folder")
+    refused(release, *common, "--mask", mask, "--method", "base", expect="--mask has no meaning for base")
+    refused(release, *common, "--mask", mask, "--method", "scratch", expect="no meaning for scratch")
+    refused(release, *common, "--mask", tmp_path / "none", expect="cannot read")
+    refused(release, *common, "--mask", release / "model.safetensors", expect="another release")
+    refused(release, *common, "--tasks", "wnli", expect="wnli")
+    refused(release, *common, "--max-length", "2", expect="--max-length 2")
+    refused(release, *common, "--max-length", "99999", expect="1024 positions")
+    refused(release, *common, "--epochs", "0", expect="--epochs 0")
+    refused(release, "--tasks", "rte", "--glue-dir", tmp_path / "nowhere", expect="--glue-dir")
+    shutil.copytree(standin / "RTE", tmp_path / "RTE")
+    (tmp_path / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n")
+    refused(release, *common, "--glue-dir", tmp_path, expect="dev.tsv, line 2: unknown label 'maybe'")
+    assert not results.exists()
+    results.write_text("{}\nnot json\n")
+    refused(release, *common, expect="line 2 is not JSON")
+
+
+def test_glue_runs_as_typed(finished, standin, tmp_path):
+    result = command("--tasks", "rte", "--method", "base", "--glue-dir", standin, finished / "release",
+                     script="glue.py", cwd=tmp_path)
+    assert result.returncode == 0 and "rte base seed 42: RTE" in result.stdout, result.stderr
+    assert json.loads((tmp_path / "glue.jsonl").read_text())["task"] == "rte"
