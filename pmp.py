@@ -71,8 +71,8 @@ class Config:
                         choices=("auto", "on", "off"))
 
 
-TINY = {"data": "prose", "eb_steps": 40, "steps": 360, "warmup": 30, "lr": 3e-3, "batch_size": 8, "grad_accum": 1,
-        "val_every": 60, "val_blocks": 64, "save_every": 60}
+TINY = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "batch_size": 4, "grad_accum": 1,
+        "val_every": 200, "val_blocks": 64, "save_every": 200}
 MACHINE = ("device", "compile")  # flags that say where a run computes, not what: --resume takes new ones
 
 
