@@ -2,12 +2,13 @@
 
 Parameter names, shapes and config.json are Hugging Face's, so that a release opens in transformers and a plain
 Hugging Face folder opens here, without renaming. The chapter runs: shapes, attention, GPT-2, LLaMA, loss and
-generation, initialisation, LoRA, safetensors, folders.
+generation, memory, sharded tensors, initialisation, LoRA, safetensors, folders.
 """
 
 import hashlib
 import json
 import math
+import os
 import struct
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -72,6 +73,11 @@ class Model(nn.Module):
     """
 
     checkpointing = False
+
+    def tie(self):
+        """Make the head the embedding, where the config says so; again after the parameters were replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding().weight
 
     def run_blocks(self, x, *args):
         for block in self.blocks():
@@ -214,11 +220,13 @@ class GPT2(Model):
             "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+        self.tie()
 
     def blocks(self):
         return self.transformer.h
+
+    def embedding(self):
+        return self.transformer.wte
 
     def hidden(self, idx):
         """Final normed hidden states (B, T, C) of token ids idx (B, T)."""
@@ -310,11 +318,13 @@ class Llama(Model):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
 
     def blocks(self):
         return self.model.layers
+
+    def embedding(self):
+        return self.model.embed_tokens
 
     def hidden(self, idx):
         """Final normed hidden states (B, T, C) of token ids idx (B, T)."""
@@ -325,6 +335,40 @@ class Llama(Model):
 def build(config):
     """The model of a config, in fp32 on the current default device, weights not yet filled."""
     return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+
+
+# -----------------------------------------------------------------------------
+# sharded tensors: under --shard each parameter is a DTensor, split by rows over the ranks. For an ordinary tensor these
+# functions are the identity.
+
+
+def sharded(tensor):
+    return hasattr(tensor, "to_local")  # importing the class DTensor would take as long as importing torch
+
+
+def local(tensor):
+    """The part of a tensor that this rank holds, sharing its memory."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
+def whole(tensor):
+    """All of a tensor, gathered on every rank: where it is sharded, every rank must call this, in the same order."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
+
+
+def rows(tensor, p):
+    """What this rank holds of p, taken from an ordinary tensor of p's full shape: ceil(rows / ranks) rows, or what is left."""
+    if not sharded(p):
+        return tensor
+    size = -(-len(tensor) // p.device_mesh.size())
+    return tensor[p.device_mesh.get_local_rank() * size :][:size].clone()
+
+
+def sharded_like(p, part):
+    """The tensor of p's full shape, sharded as p is, of which this rank holds `part`."""
+    if not sharded(p):
+        return part
+    return type(p).from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 # -----------------------------------------------------------------------------
@@ -374,7 +418,7 @@ def initial_value(model, name, shape, secret):
 def initialise(model, secret):
     """Set every parameter to theta(0), drawn from `secret` (bytes; 128 bits or more of entropy where it matters)."""
     for name, p in model.named_parameters():
-        p.copy_(initial_value(model, name, p.shape, secret))
+        local(p).copy_(rows(initial_value(model, name, p.shape, secret), p))
 
 
 # -----------------------------------------------------------------------------
@@ -447,51 +491,61 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def raw_bytes(tensor):
-    """The memory of a tensor, copied to the CPU where needed, as a flat numpy uint8 array."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    """The memory of a tensor, gathered and copied to the CPU where needed, as a flat numpy uint8 array."""
+    return whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def save_safetensors(path, tensors, metadata, mode=0o644):
-    """Write {name: tensor} and {str: str} metadata atomically. A checksum of the tensors joins the metadata."""
+def save_safetensors(path, tensors, metadata, mode=0o644, write=True):
+    """Write {name: tensor} and {str: str} metadata atomically. A checksum of the tensors joins the metadata.
+
+    Sharded tensors are gathered one at a time, for which every rank calls this, all but one with write=False.
+    """
     header, offset, crc = {}, 0, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [offset, offset + size]}
         offset += size
-        crc = zlib.crc32(raw_bytes(tensor), crc)
-    header = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic(path, mode) as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+
+    def head():  # as long with one checksum as with another
+        text = json.dumps({"__metadata__": {**metadata, "crc32": f"{crc:010d}"}, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    with atomic(path, mode) if write else open(os.devnull, "wb") as file:
+        file.write(head())
         for tensor in tensors.values():
-            file.write(raw_bytes(tensor))
+            data = raw_bytes(tensor)
+            crc = zlib.crc32(data, crc)
+            file.write(data)
+        file.seek(0)
+        file.write(head())
 
 
 def load_safetensors(path):
-    """Read ({name: tensor}, metadata) onto the CPU.
+    """Read ({name: tensor}, metadata) onto the CPU. The tensors are views of the file: what nobody uses costs no memory.
 
     Raises UserError where the file is missing, is not safetensors, is cut short or fails its checksum.
     """
     try:
-        with open(path, "rb") as file:
-            content = np.fromfile(file, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path") from None
-    try:
+        content = np.memmap(path, np.uint8, "c")  # copy on write: the file stays as it is, whatever happens to a tensor
         length = struct.unpack("<Q", content[:8].tobytes())[0]
         header = json.loads(content[8 : 8 + length].tobytes())
         metadata = header.pop("__metadata__", {})
         data = torch.from_numpy(content[8 + length :])
         tensors = {}
         for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            # a copy is aligned to its element size, a slice of the file need not be
-            tensors[name] = data[start:end].clone().view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        whole = max((entry["data_offsets"][1] for entry in header.values()), default=0) == len(data)
+            (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+            part = data[start:end]
+            if (8 + length) % dtype.itemsize or start % dtype.itemsize:
+                part = part.clone()  # a copy is aligned to its element size, a slice of the file need not be
+            tensors[name] = part.view(dtype).view(entry["shape"])
+        complete = max((entry["data_offsets"][1] for entry in header.values()), default=0) == len(data)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error):
         raise UserError(f"{path} is no safetensors file, or is damaged: restore it from a copy") from None
-    if not whole or ("crc32" in metadata and zlib.crc32(data.numpy()) != int(metadata["crc32"])):
+    if not complete or ("crc32" in metadata and zlib.crc32(data.numpy()) != int(metadata["crc32"])):
         raise UserError(f"{path} is damaged (its size or checksum is wrong): restore it from a copy")
     return tensors, metadata
 
@@ -556,12 +610,16 @@ def config_from_dict(raw, where):
     return kind(**{f.name: raw[f.name] for f in fields(kind) if f.name in raw})
 
 
-def save_folder(folder, model):
-    """Write config.json and model.safetensors (the weights as they are) for transformers and for load_folder."""
+def save_folder(folder, model, write=True):
+    """Write config.json and model.safetensors (the weights as they are) for transformers and for load_folder.
+
+    For a sharded model every rank calls this, all but one with write=False.
+    """
     folder = Path(folder)
-    with atomic(folder / "config.json") as file:
-        file.write(json.dumps(config_to_dict(model.config), indent=2).encode() + b"\n")
-    save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+    if write:
+        with atomic(folder / "config.json") as file:
+            file.write(json.dumps(config_to_dict(model.config), indent=2).encode() + b"\n")
+    save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"}, write=write)
 
 
 def load_folder(folder):

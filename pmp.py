@@ -4,7 +4,7 @@
 
 The chapter follows section 2 of the paper: the settings; stage I, which finds the early-bird ticket; stage II, which
 trains the ticket alone; stage III, which releases the weights without the mask; the machinery that any training run
-needs; and the run itself. Equation numbers are the paper's.
+needs; what more than one device adds; and the run itself. Equation numbers are the paper's.
 """
 
 import argparse
@@ -18,15 +18,17 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import UserError, atomic
 from data.pack import prepare
-from model import (PRESETS, build, fingerprint, initial_value, initialise, load_safetensors, raw_bytes, save_folder,
-                   save_safetensors, secret_generator)
+from model import (PRESETS, build, fingerprint, initial_value, initialise, load_safetensors, local, raw_bytes, rows,
+                   save_folder, save_safetensors, secret_generator, sharded, sharded_like, whole)
 
 # -----------------------------------------------------------------------------
 # settings: the defaults are the paper's (section 4.1, appendix A); TINY is the three-minute run on a laptop
@@ -69,11 +71,14 @@ class Config:
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", choices=("auto", "fp32", "bf16"))
     compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 2M tokens",
                         choices=("auto", "on", "off"))
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
+    shard: bool = flag(False, "split weights, gradients, optimizer state and mask over torchrun's ranks")
 
 
 TINY = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "batch_size": 4, "grad_accum": 1,
         "val_every": 200, "val_blocks": 64, "save_every": 200}
-MACHINE = ("device", "compile")  # flags that say where a run computes, not what: --resume takes new ones
+# flags that say where and how a run computes, not what: --resume takes new ones
+MACHINE = ("device", "compile", "checkpointing", "shard")
 
 
 def check(config):
@@ -114,7 +119,7 @@ PIECE = 2**20
 
 def pieces(*tensors):
     """The same slices of several tensors of one shape, flat, PIECE entries each."""
-    return zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors))
+    return zip(*(local(tensor).reshape(-1).split(PIECE) for tensor in tensors))
 
 
 def bit_pattern(x):
@@ -129,6 +134,9 @@ def topk_mask(scores, k):
     scores: {name: fp32 tensor}. Ties go to the first in the order of the dict, then of the flat index. The k-th
     largest pattern is found by counting: a histogram of the upper 16 bits of each pattern, then one of the lower 16
     inside the bin where the count passes k. No sort, no concatenation, one byte a parameter for the result.
+
+    Sharded scores give sharded masks with the same bits. Ranks exchange the two histograms, 2**18 and 2**19 bytes, and
+    8 bytes a tensor and rank to deal out the ties; whatever the model's size, never a score.
     """
     def kth_bin(counts, k):
         """The bin that holds the k-th largest entry, and how many of its own entries are among the k largest."""
@@ -141,19 +149,21 @@ def topk_mask(scores, k):
     for score in scores.values():
         for (x,) in pieces(score):
             upper += torch.bincount(bit_pattern(x) >> 16, minlength=2**15)
-    high, k = kth_bin(upper, k)
+    high, k = kth_bin(total(upper, scores), k)
 
     lower = torch.zeros(2**16, dtype=torch.int64, device=device)
     for score in scores.values():
         for (x,) in pieces(score):
             bits = bit_pattern(x)
             lower += torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=2**16)
-    low, ties = kth_bin(lower, k)
+    low, ties = kth_bin(total(lower, scores), k)
 
     threshold = high << 16 | low  # TopK(g, k) of eq. 2, as a pattern
+    shares = tie_shares(scores, threshold, ties)
     masks = {}
     for name, score in scores.items():
-        masks[name] = torch.empty(score.shape, dtype=torch.bool, device=device)
+        masks[name] = sharded_like(score, torch.empty_like(local(score), dtype=torch.bool))
+        ties = shares.get(name, ties)
         for x, mask in pieces(score, masks[name]):
             bits = bit_pattern(x)
             torch.gt(bits, threshold, out=mask)
@@ -166,16 +176,19 @@ def topk_mask(scores, k):
 
 def random_mask(params, k, secret):
     """The paper's ablation: exactly k entries, drawn from the run's secret, for a mask from a public seed is public."""
-    draw = {name: torch.from_numpy(secret_generator(secret, "mask/" + name).random(tuple(p.shape), dtype=np.float32))
-            for name, p in params.items()}
-    return {name: mask.to(params[name].device) for name, mask in topk_mask(draw, k).items()}
+    def draw(name, p):
+        score = torch.from_numpy(secret_generator(secret, "mask/" + name).random(tuple(p.shape), dtype=np.float32))
+        return sharded_like(p, rows(score, p).to(p.device))
+
+    return topk_mask({name: draw(name, p) for name, p in params.items()}, k)
 
 
 def iou(a, b):
     """Eq. 3: intersection over union of two {name: bool mask}."""
-    both = sum(int((a[name] & b[name]).sum()) for name in a)
-    either = sum(int(a[name].sum()) + int(b[name].sum()) for name in a) - both
-    return both / either
+    both = sum(int((local(a[name]) & local(b[name])).sum()) for name in a)
+    each = sum(int(local(mask).sum()) for masks in (a, b) for mask in masks.values())
+    both, each = total(torch.tensor([both, each]), a).tolist()
+    return both / (each - both)
 
 
 class EarlyBird:
@@ -204,8 +217,9 @@ KINDS = {"embedding": ("wte", "wpe", "embed_tokens"), "q": ("q_proj",), "k": ("k
 
 def density_by_kind(masks):
     """{kind of layer: share of its parameters in the ticket}. Private: it tells an attacker where to look."""
-    kept, total = {}, {}
+    kept, size = {}, {}
     for name, mask in masks.items():
+        mask = whole(mask)
         if "c_attn" in name:  # GPT-2 keeps q, k and v in one matrix
             parts = zip("qkv", mask.chunk(3, dim=-1))
         else:
@@ -214,8 +228,8 @@ def density_by_kind(masks):
             parts = [(kind, mask)]
         for kind, part in parts:
             kept[kind] = kept.get(kind, 0) + int(part.sum())
-            total[kind] = total.get(kind, 0) + part.numel()
-    return {kind: kept[kind] / total[kind] for kind in KINDS if kind in total}
+            size[kind] = size.get(kind, 0) + part.numel()
+    return {kind: kept[kind] / size[kind] for kind in KINDS if kind in size}
 
 
 def find_ticket(run, model, params):
@@ -247,7 +261,7 @@ def find_ticket(run, model, params):
             run.progress.say(f"stage I: the mask is stable (IoU >= {config.eb_iou} for {config.eb_patience} steps) "
                              f"after {step + 1} steps; two random masks would share {chance:.2f}")
             break
-        if run.stop:
+        if run.stopping():
             run.leave("stage I keeps no checkpoint, it will begin again")
     else:
         run.progress.say(f"stage I: WARNING: no stable mask within {config.eb_steps} steps (last IoU "
@@ -282,7 +296,7 @@ class MaskedAdamW:
         for name, mask in self.masks.items():
             for g, m in masked_pieces(self.params[name].grad, mask):
                 g.mul_(m)
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.params.values(), clip)).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
         decay = lr * self.weight_decay
@@ -308,8 +322,11 @@ class MaskedAdamW:
 
     def load_state(self, tensors, step):
         """Take back what state() gave after `step` steps."""
-        state = {i: {"step": torch.tensor(float(step)), **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}}
-                 for i, name in enumerate(self.params)} if step else {}
+        def part(name, p):  # a copy, for `tensors` may be views of a file
+            return sharded_like(p, rows(tensors[name], p).to(p.device, copy=True))
+
+        state = {i: {"step": torch.tensor(float(step)), **{key: part(f"{key}.{name}", p) for key in ("exp_avg", "exp_avg_sq")}}
+                 for i, (name, p) in enumerate(self.params.items())} if step else {}
         self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
 
 
@@ -319,6 +336,7 @@ def masked_pieces(tensor, mask):
     A product of float and bool is 15 times slower than one of floats on a CPU; a float mask would take four bytes a
     parameter instead of one.
     """
+    tensor, mask = local(tensor), local(mask)
     scratch = torch.empty(min(PIECE, tensor.numel()), dtype=tensor.dtype, device=tensor.device)
     for x, m in zip(tensor.view(-1).split(PIECE), mask.view(torch.uint8).view(-1).split(PIECE)):
         yield x, scratch[: len(x)].copy_(m)
@@ -344,9 +362,10 @@ def pretrain(run, model, params, masks, step, optimizer):
         if step % config.val_every == 0 or step == config.steps:
             numbers["val_loss"] = run.validate(model)
         run.progress.step("II", step, config.steps, loss=loss, lr=lr, grad_norm=norm, **numbers)
-        if step % config.save_every == 0 or step == config.steps or run.stop:
+        stopping = run.stopping()
+        if step % config.save_every == 0 or step == config.steps or stopping:
             run.save(params, masks, optimizer, step)
-        if run.stop and step < config.steps:
+        if stopping and step < config.steps:
             run.leave(f"saved after update {step}")
 
 
@@ -366,13 +385,14 @@ def unpack_mask(packed, params):
         if name not in packed or len(packed[name]) != (p.numel() + 7) // 8:
             raise UserError(f"the mask does not fit the model at {name}: it was made for another model")
         bits = np.unpackbits(packed[name].numpy(), count=p.numel())
-        masks[name] = torch.from_numpy(bits).view(torch.bool).view(p.shape).to(p.device)
+        bits = torch.from_numpy(bits).view(torch.bool).view(p.shape)
+        masks[name] = sharded_like(p, rows(bits, p).to(p.device))
     return masks
 
 
-def save_mask(path, masks, params):
+def save_mask(path, masks, params, write=True):
     """Write the mask, bound to the released weights `params` by their sha256, for the owner's eyes only."""
-    save_safetensors(path, pack_mask(masks), {"weights_sha256": fingerprint(params)}, mode=0o600)
+    save_safetensors(path, pack_mask(masks), {"weights_sha256": fingerprint(params)}, mode=0o600, write=write)
 
 
 def load_mask(path, params):
@@ -387,21 +407,25 @@ def complement_moved(model, masks, secret):
     """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
     moved = 0
     for name, p in model.named_parameters():
-        initial = initial_value(model, name, p.shape, secret).to(p.device)
-        moved += int(((p.detach().view(torch.int32) != initial.view(torch.int32)) & ~masks[name]).sum())
-    return moved
+        initial = rows(initial_value(model, name, p.shape, secret), p).to(p.device)
+        moved += int(((local(p.detach()).view(torch.int32) != initial.view(torch.int32)) & ~local(masks[name])).sum())
+    return int(total(torch.tensor(moved), masks))
 
 
 def release(run, model, params, masks):
     """Publish the dense weights, the config and the tokenizer; keep the mask."""
+    if not holds_part(params):
+        return
+    write = rank() == 0
     if masks:
         if moved := complement_moved(model, masks, run.secret):
             raise RuntimeError(f"{moved} complement entries left theta(0): nothing was released; please report this")
-        save_mask(run.private / "mask.safetensors", masks, params)
+        save_mask(run.private / "mask.safetensors", masks, params, write)
     folder = run.out / "release"
-    folder.mkdir(exist_ok=True)
-    run.tokenizer.save(folder)
-    save_folder(folder, model)
+    if write:
+        folder.mkdir(exist_ok=True)
+        run.tokenizer.save(folder)
+    save_folder(folder, model, write)
 
 
 # -----------------------------------------------------------------------------
@@ -414,11 +438,15 @@ class Machine:
     def __init__(self, device="auto", dtype="auto"):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and world() > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {device} is not available here: use cpu, or leave the flag out") from None
+        if self.device.type == "cuda" and world() > 1:
+            torch.cuda.set_device(self.device)  # where NCCL, too, finds this rank's tensors
         if dtype == "auto":
             dtype = "bf16" if self.fast_bf16() else "fp32"
         self.dtype = dtype
@@ -431,7 +459,8 @@ class Machine:
         return False
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+        # each weight is cast once in a pass: a cache would only keep the copies
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16", cache_enabled=False)
 
     def wants_compile(self, flag, tokens):
         """Compiling takes a CPU about as long as it saves on 2M tokens."""
@@ -512,6 +541,15 @@ class Run:
         self.private = self.out / "private"
         self.stop = False
         self.machine = Machine(config.device, config.dtype)
+        from_first(self.open_data)  # this rank prepares the text, the others read it
+        if rank() > 0:
+            self.open_data()
+
+    def open_data(self):
+        config = self.config
+        if config.grad_accum % world():
+            raise UserError(f"--grad-accum {config.grad_accum} micro-batches cannot be shared equally by {world()} ranks: "
+                            "use a multiple of the number of ranks")
         tokenizer = "bpe" if config.preset == "tiny" else "gpt2"
         steps = max(config.steps, config.eb_steps)
         self.tokenizer, self.train, self.validation = prepare(
@@ -530,13 +568,14 @@ class Run:
 
     def gradient(self, model, step):
         """Leave the gradient of the step's mini-batch in the parameters; returns its mean loss over micro-batches."""
-        total = 0.0
-        for micro in range(self.config.grad_accum):
+        total, share = 0.0, self.config.grad_accum // world()
+        for micro in range(rank() * share, (rank() + 1) * share):
             idx = self.micro_batch(step * self.config.grad_accum + micro)
             with self.machine.autocast():
-                loss = model(idx, idx) / self.config.grad_accum
+                loss = model(idx, idx) / share
             loss.backward()
             total += loss.detach()
+        average(total, *(p.grad for p in model.parameters() if not sharded(p)))  # FSDP has averaged the sharded ones
         if not math.isfinite(total := float(total)):
             raise FloatingPointError(f"the loss is {total}")
         return total
@@ -547,25 +586,151 @@ class Run:
         config = self.config
         count = min(config.val_blocks, self.validation.n_blocks(config.block_size))
         size = min(config.batch_size, count)
-        total, n = 0.0, 0
+        batches = range(count // size)
+        share = batches[rank()::world()][: max(1, len(batches) // world())] or batches[:1]  # as many on every rank
+        total = torch.tensor(0.0, dtype=torch.float64)
         with self.progress.pause(), torch.compiler.set_stance("force_eager"):
-            for index in range(count // size):
+            for index in share:
                 idx = self.validation.batch(index, size, config.block_size).to(self.machine.device)
                 with self.machine.autocast():
-                    total, n = total + float(model(idx, idx)), n + 1
-        return total / n
+                    total += float(model(idx, idx)) / len(share)
+            if hasattr(model, "reshard"):
+                model.reshard()  # FSDP keeps embedding and head gathered behind a forward pass, for the backward pass
+        average(total)
+        return float(total)
+
+    def stopping(self):
+        """Whether a signal has asked this run to stop; all ranks agree, so that they leave behind the same step."""
+        return bool(agreed(torch.tensor(float(self.stop))))
 
     def save(self, params, masks, optimizer, step):
         """Write the checkpoint: weights, optimizer state, mask. All of it is secret."""
+        if not holds_part(params):
+            return
         with self.progress.pause():
             tensors = {f"model.{name}": p for name, p in params.items()} | optimizer.state()
             tensors |= {f"mask.{name}": bits for name, bits in pack_mask(masks or {}).items()}
             state = {"step": str(step), "log_bytes": str(self.progress.file.tell())}
-            save_safetensors(self.private / "checkpoint.safetensors", tensors, state, mode=0o600)
+            save_safetensors(self.private / "checkpoint.safetensors", tensors, state, mode=0o600,
+                             write=rank() == 0)
 
     def leave(self, what):
-        print(f"\nstopped: {what}; go on with: python pmp.py --resume {self.out}", flush=True)
+        print(f"\nstopped: {what}; go on with: {launcher()} pmp.py --resume {self.out}", flush=True)
+        leave_ranks()
         raise SystemExit(130)
+
+
+# -----------------------------------------------------------------------------
+# more than one device: torchrun starts this program once for each, as ranks 0, 1, …; without it there is one rank and
+# every function here does nothing. Data parallel: every rank holds the whole model and takes its share of an update's
+# micro-batches. --shard: every rank holds some rows of each parameter, gradient, moment and mask besides.
+
+
+def join_ranks():
+    """Become one of torchrun's ranks. Only rank 0 prints; what goes wrong goes to stderr on any of them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    # A dead rank closes its connections, which the others notice at once. The limit is for one that hangs; it leaves
+    # time to write a large checkpoint, for which the others wait.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_ranks():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def launcher():
+    return "python" if world() == 1 else f"torchrun --standalone --nproc-per-node={world()}"
+
+
+def lost_rank(error):
+    """Whether a RuntimeError says that another rank is gone; gloo's have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def from_first(function, *args):
+    """What function(*args) returns on rank 0, on every rank. If it raises there, the others leave without a word."""
+    box = [False, None]
+    try:
+        if rank() == 0:
+            box = [True, function(*args)]
+    finally:
+        if world() > 1:
+            dist.broadcast_object_list(box)
+    if not box[0]:
+        raise SystemExit(2)
+    return box[1]
+
+
+def average(*tensors):
+    """Replace tensors by their mean over ranks."""
+    if world() > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+        torch._foreach_div_(tensors, world())
+
+
+def agreed(flag):
+    """The largest of the ranks' flags (a tensor)."""
+    if world() > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
+def total(counts, tensors):
+    """The sum of the ranks' counts (a tensor) over the entries that each holds of the {name: tensor} `tensors`."""
+    if sharded(next(iter(tensors.values()))):
+        dist.all_reduce(counts)
+    return counts
+
+
+def tie_shares(scores, threshold, ties):
+    """{name: how many of the first `ties` entries at the threshold this rank holds}; {} where scores are not sharded.
+
+    First is meant as on one device: by tensor, then by row, hence by rank.
+    """
+    if not sharded(next(iter(scores.values()))):
+        return {}
+    mine = torch.stack([sum((bit_pattern(x) == threshold).sum() for (x,) in pieces(score)) for score in scores.values()])
+    each = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(each, mine)
+    held = torch.stack(each, dim=1)  # (tensors, ranks)
+    before = held.flatten().cumsum(0).view_as(held) - held
+    return dict(zip(scores, (ties - before).clamp(min=0).minimum(held)[:, rank()].tolist()))
+
+
+def holds_part(params):
+    """Whether this rank has a part in writing the run's files: rank 0 writes, and gathers sharded tensors from all."""
+    return rank() == 0 or sharded(next(iter(params.values())))
+
+
+def build_sharded(shape, device):
+    """The model of a config with every parameter split by rows over the ranks; at no time does one hold all of it.
+
+    FSDP gathers a block when it is needed and averages its gradient behind each micro-batch, for a sum of gradients
+    over micro-batches would have to be kept whole on every rank.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes as long to import as torch
+
+    with torch.device("meta"):
+        model = build(shape)
+    mesh = dist.init_device_mesh(device.type, (world(),))
+    for part in (*model.blocks(), model):
+        fully_shard(part, mesh=mesh)
+    model.to_empty(device=device)
+    model.tie()
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -574,6 +739,18 @@ class Run:
 
 def start(config):
     """A new run: refuse a used folder, draw the secret of theta(0), and write both down before anything else."""
+    run = Run(config, from_first(new_secret, config))
+    if rank() == 0:
+        run.private.mkdir(parents=True, exist_ok=True)
+        run.private.chmod(0o700)
+        content = {"config": asdict(config), "init_secret": run.secret.hex(), "tokenizer": run.tokenizer.fingerprint}
+        with atomic(run.private / "run.json", mode=0o600) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
+    return run
+
+
+def new_secret(config):
+    """The secret of theta(0) of a new run. Raises UserError where its folder is in use."""
     out = Path(config.out)
     private = out / "private"
     if out.exists() and not out.is_dir():
@@ -583,25 +760,17 @@ def start(config):
     if out.is_dir() and any(path.name != "private" for path in out.iterdir()):
         raise UserError(f"{out} is not empty: name another --out")
     if config.init_seed is None:
-        secret = secrets.token_bytes(32)
-    else:
-        secret = f"init-seed {config.init_seed}".encode()
-        print("note: with --init-seed anyone who guesses the number can redraw the initial weights and read the mask off "
-              "the release", flush=True)
-    run = Run(config, secret)
-    private.mkdir(parents=True, exist_ok=True)
-    private.chmod(0o700)
-    content = {"config": asdict(config), "init_secret": secret.hex(), "tokenizer": run.tokenizer.fingerprint}
-    with atomic(private / "run.json", mode=0o600) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-    return run
+        return secrets.token_bytes(32)
+    print("note: with --init-seed anyone who guesses the number can redraw the initial weights and read the mask off "
+          "the release", flush=True)
+    return f"init-seed {config.init_seed}".encode()
 
 
 def resume(out, machine_flags):
     """The Run that `out` holds, with its own settings."""
     path = Path(out) / "private" / "run.json"
     try:
-        content = json.loads(path.read_bytes())
+        content = from_first(lambda: json.loads(path.read_bytes()))
         config = Config(**{**content["config"], "out": str(out), **machine_flags})
         run = Run(config, bytes.fromhex(content["init_secret"]))
     except OSError:
@@ -617,20 +786,25 @@ def train(run):
     """Stages I to III, from theta(0) or from the run's checkpoint. Returns the released model."""
     config, machine = run.config, run.machine
     checkpoint = run.private / "checkpoint.safetensors"
-    saved, state = load_safetensors(checkpoint) if checkpoint.exists() else ({}, {"log_bytes": "0"})
+    saved, state = load_safetensors(checkpoint) if from_first(checkpoint.exists) else ({}, {"log_bytes": "0"})
 
-    log = run.out / "log.jsonl"
-    log.touch(mode=0o600)
-    os.truncate(log, min(log.stat().st_size, int(state["log_bytes"])))  # steps behind the checkpoint come again
+    log = run.out / "log.jsonl" if rank() == 0 else Path(os.devnull)
+    if rank() == 0:
+        log.touch(mode=0o600)
+        os.truncate(log, min(log.stat().st_size, int(state["log_bytes"])))  # steps behind the checkpoint come again
     run.progress = Progress(log, run.tokens_per_step)
     say = run.progress.say
 
     shape = PRESETS[config.preset]
     shape.vocab_size = run.tokenizer.size
-    model = build(shape).to(machine.device)
+    shard = config.shard and world() > 1
+    model = build_sharded(shape, machine.device) if shard else build(shape).to(machine.device)
+    model.checkpointing = config.checkpointing
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
-    say(f"{config.preset}: {d:,} parameters, {run.tokens_per_step:,} tokens an update, {machine.device} {machine.dtype}")
+    ranks = f", {world()} ranks{' hold a share each' if shard else ''}" if world() > 1 else ""
+    say(f"{config.preset}: {d:,} parameters, {run.tokens_per_step:,} tokens an update, "
+        f"{machine.device} {machine.dtype}{ranks}")
     if machine.wants_compile(config.compile, config.steps * run.tokens_per_step):
         initialise(model, run.secret)
         machine.compile(model, run.micro_batch(0), say)
@@ -639,7 +813,7 @@ def train(run):
         step = int(state["step"])
         with torch.no_grad():
             for name, p in params.items():
-                p.copy_(saved[f"model.{name}"])
+                local(p).copy_(rows(saved[f"model.{name}"], p))
         masks = unpack_mask({name: saved[f"mask.{name}"] for name in params}, params) if config.rho < 1 else None
         say(f"going on after update {step}")
     else:
@@ -668,8 +842,9 @@ def parse(argv):
     for f in fields(Config):
         default = f"{f.default}" if f.name not in TINY else f"{TINY[f.name]} for tiny, else {f.default}"
         help = f.metadata["help"] + (f" [{default}]" if f.default is not None and f.name != "cache" else "")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=int if f.default is None else type(f.default),
-                            choices=f.metadata["choices"], default=argparse.SUPPRESS, help=help.replace("%", "%%"))
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
+            "type": int if f.default is None else type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
     parser.add_argument("--resume", metavar="OUT", help="go on with the run in OUT; it keeps its settings")
     given = vars(parser.parse_args(argv))
     out = given.pop("resume")
@@ -683,20 +858,32 @@ def parse(argv):
 
 
 def main(argv=None):
-    config, out = parse(argv)
+    join_ranks()
+    config, out = from_first(parse, argv)
     run = start(config) if out is None else resume(out, config)
+
+    def stop(*_):
+        run.stop = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(run, "stop", True))
+        signal.signal(number, stop)
     try:
         model = train(run)
     except FloatingPointError as error:
         where = f"after step {run.progress.last} of stage {run.progress.stage}" if run.progress.stage else "in the first step"
         raise SystemExit(f"\nstopped {where}: {error}; the last good checkpoint stays in {run.private}; start a new run "
                          "with a lower --lr") from None
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        raise SystemExit(f"\nstopped: rank {rank()} has lost another rank, which died or was killed; go on from the last "
+                         f"checkpoint with: {launcher()} pmp.py --resume {run.out}") from None
     print(f"\nreleased {run.out}/release; keep {run.private} to yourself\n")
     start_token = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = model.generate(start_token, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
     print(run.tokenizer.decode(text))
+    leave_ranks()
 
 
 def command_line(main):

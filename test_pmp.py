@@ -1264,6 +1264,153 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(flags, tmp_pa
 
 
 # -----------------------------------------------------------------------------
+# more than one device: 2 gloo processes on this machine against one
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@pytest.fixture(scope="session")
+def alone(flags, tmp_path_factory):
+    """The same run as of the tests below, in one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    result = command(*flags, *SAME, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+SAME = ["--init-seed", "3", "--dtype", "fp32"]
+
+
+def ranks(n, *flags, **kwargs):
+    return subprocess.Popen([*TORCHRUN, f"--nproc-per-node={n}", str(HERE / "pmp.py"), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def wait_for(process, out, stage, step):
+    mark, deadline = f'"stage": "{stage}", "step": {step},', time.time() + 120
+    while not ((out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text()):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
+
+
+def same_run(out, alone, tolerance):
+    """The same mask, the complement at theta(0), weights within the tolerance relative to each tensor's norm."""
+    model, reference = load_folder(out / "release"), weights(alone)
+    params = dict(model.named_parameters())
+    masks = pmp.load_mask(out / "private" / "mask.safetensors", params)
+    theirs = pmp.load_mask(alone / "private" / "mask.safetensors", reference)
+    assert all(torch.equal(masks[name], theirs[name]) for name in params)
+    assert pmp.complement_moved(model, masks, secret_of(out)) == 0
+    assert all((p - reference[name]).norm() <= tolerance * p.norm() for name, p in params.items())
+
+
+def log_of(out):
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"}
+            for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_are_one_run_with_the_same_bits(flags, alone, tmp_path):
+    """2 ranks with a micro-batch each add the two gradients that one process adds, so not even the rounding differs."""
+    process = ranks(2, *flags, *SAME, "--out", tmp_path / "out")
+    text, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and text.count("\nreleased") == 1, error
+    same_run(tmp_path / "out", alone, 0.0)
+    assert [{**line, "val_loss": 0} for line in log_of(tmp_path / "out")] == [{**line, "val_loss": 0} for line in log_of(alone)]
+
+
+def test_a_sharded_run_that_was_stopped_goes_on_in_one_process(flags, alone, tmp_path):
+    out = tmp_path / "out"
+    process = ranks(2, *flags, *SAME, "--shard", "--checkpointing", "--save-every", "100", "--out", out)
+    wait_for(process, out, "II", 2)
+    process.send_signal(signal.SIGTERM)
+    text, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and "saved after update" in text and "--nproc-per-node=2 pmp.py --resume" in text, error
+    result = command("--resume", out, "--no-checkpointing")
+    assert result.returncode == 0 and "going on after update" in result.stdout, result.stderr
+    same_run(out, alone, 1e-6)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks through Linux' /proc")
+def test_a_killed_rank_ends_the_run_and_its_checkpoint_goes_on_sharded(flags, alone, tmp_path):
+    out = tmp_path / "out"
+    process = ranks(2, *flags, *SAME, "--out", out)
+    wait_for(process, out, "II", 3)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    began = time.time()
+    text, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.time() - began < 20
+    assert "lost another rank" in error and f"--resume {out}" in error
+    process = ranks(2, "--resume", out, "--shard")
+    text, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on after update 2" in text and "hold a share" in text, error
+    same_run(out, alone, 1e-6)
+
+
+def test_ranks_that_cannot_share_the_micro_batches_are_refused_once(flags, tmp_path):
+    process = ranks(2, *flags, "--grad-accum", "3", "--out", tmp_path / "out")
+    text, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and error.count("--grad-accum 3 micro-batches cannot be shared") == 1
+    assert not (tmp_path / "out").exists()
+
+
+SHARDED_TOPK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
+import pmp
+from model import whole
+
+me, folder = int(os.environ["RANK"]), sys.argv[2]
+for world in (4, 2, 1):
+    if me >= world:
+        break
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world), rank=me, world_size=world)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    result = {}
+    for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
+        split = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores.items()}
+        sent, real = [], dist.all_reduce
+        dist.all_reduce = lambda x, *rest: (sent.append(x.nbytes), real(x, *rest))[1]
+        for k in (1, 100, 2000, 2650):
+            masks = pmp.topk_mask(split, k)
+            result[f"{kind} {k}"] = {name: whole(mask) for name, mask in masks.items()}
+        dist.all_reduce = real
+        assert sent == [2**18, 2**19] * 4, sent
+        other = pmp.topk_mask(split, 1000)
+        result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, other))}
+    if me == 0:
+        torch.save(result, f"{folder}/masks{world}")
+    dist.destroy_process_group()
+"""
+
+
+def test_the_ticket_of_sharded_gradients_has_the_same_bits_on_1_2_and_4_ranks(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    draw = {name: torch.randn(shape, generator=generator)
+            for name, shape in {"a": (3, 50), "b": (1001,), "c": (50, 20), "d": (1, 9), "e": (70, 7)}.items()}  # d = 2,650
+    scores = {"random": draw, "tied": {name: x.round() for name, x in draw.items()},
+              "constant": {name: x * 0 - 1 for name, x in draw.items()},
+              "zeros": {name: x * (x > 1) for name, x in draw.items()}}
+    torch.save(scores, tmp_path / "scores")
+    (tmp_path / "topk.py").write_text(SHARDED_TOPK)
+    result = subprocess.run([*TORCHRUN, "--nproc-per-node=4", str(tmp_path / "topk.py"), str(HERE), str(tmp_path)],
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for world in (1, 2, 4):
+        found = torch.load(tmp_path / f"masks{world}", weights_only=True)
+        for kind, score in scores.items():
+            for k in (1, 100, 2000, 2650):
+                masks = pmp.topk_mask(score, k)
+                assert all(torch.equal(found[f"{kind} {k}"][name], masks[name]) for name in masks), (world, kind, k)
+            assert float(found[f"{kind} iou"]["iou"]) == pytest.approx(pmp.iou(masks, pmp.topk_mask(score, 1000)))
+
+
+# -----------------------------------------------------------------------------
 # glue.py: tasks and their files
 
 HEADER = {
