@@ -616,7 +616,7 @@ def sweep(release, tasks, methods, seeds, settings, results_file, glue_dir, data
     tokenizer = Tokenizer.load(release)
     body = load_folder(release)
     if tokenizer.size > body.config.vocab_size:
-        raise UserError(f"{release}: the tokenizer has {tokenizer.size} tokens, the model only {body.config.vocab_size}: "
+        raise UserError(f"{release}: the tokenizer has {tokenizer.size} tokens, the model {body.config.vocab_size}: "
                         "they do not belong together")
     if settings.max_length > body.max_positions:
         raise UserError(f"--max-length {settings.max_length} is more than the model's {body.max_positions} positions")

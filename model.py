@@ -332,9 +332,10 @@ class Llama(Model):
         return self.model.norm(self.run_blocks(self.model.embed_tokens(idx), cos, sin))
 
 
-def build(config):
-    """The model of a config, in fp32 on the current default device, weights not yet filled."""
-    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+def build(config, device="cpu"):
+    """The model of a config, in fp32, weights not yet filled; on device "meta" it takes no memory."""
+    with torch.device(device):
+        return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
 
 
 # -----------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def whole(tensor):
 
 
 def rows(tensor, p):
-    """What this rank holds of p, taken from an ordinary tensor of p's full shape: ceil(rows / ranks) rows, or what is left."""
+    """What this rank holds of p, out of a tensor of p's full shape: ceil(rows / ranks) rows, or what is left."""
     if not sharded(p):
         return tensor
     size = -(-len(tensor) // p.device_mesh.size())
@@ -523,7 +524,7 @@ def save_safetensors(path, tensors, metadata, mode=0o644, write=True):
 
 
 def load_safetensors(path):
-    """Read ({name: tensor}, metadata) onto the CPU. The tensors are views of the file: what nobody uses costs no memory.
+    """Read ({name: tensor}, metadata) onto the CPU. The tensors are views of the file, unused ones cost no memory.
 
     Raises UserError where the file is missing, is not safetensors, is cut short or fails its checksum.
     """

@@ -46,7 +46,8 @@ class Config:
     preset: str = flag("tiny", "model and its defaults", choices=tuple(PRESETS))
     data: str = flag("slimpajama", "prose, slimpajama, or a .txt or .jsonl file, also .gz or .xz")
     out: str = flag("out", "folder of the run: OUT/release is for publication, OUT/private stays with you")
-    mask: str = flag("earlybird", "how the ticket is found; random is the paper's ablation", choices=("earlybird", "random"))
+    mask: str = flag("earlybird", "how the ticket is found; random is the paper's ablation",
+                     choices=("earlybird", "random"))
     score: str = flag("batch", "EarlyBird score: |grad| of the step's mini-batch (eq. 2), or its running mean",
                       choices=("batch", "mean"))
     eb_steps: int = flag(500, "EarlyBird warm-up steps at most (t_EB)")
@@ -66,7 +67,7 @@ class Config:
     shuffle_buffer: int = flag(50000, "documents that are shuffled together")
     cache: str = flag(str(Path(__file__).parent / "data" / "cache"), "folder that keeps prepared text")
     seed: int = flag(42, "decides data order and all else, except the initial weights")
-    init_seed: int = flag(None, "draw the initial weights from this number: then anyone can read the mask off the release")
+    init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", choices=("auto", "fp32", "bf16"))
     compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 2M tokens",
@@ -89,8 +90,8 @@ def check(config):
              for name in counts]
     rules += [
         (0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket"),
-        (0 <= config.warmup <= config.steps, f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps "
-                                             f"({config.steps})"),
+        (0 <= config.warmup <= config.steps, f"--warmup {config.warmup} is longer than the run: it must be 0 to "
+                                             f"--steps ({config.steps})"),
         (0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number"),
         (0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]"),
         (config.weight_decay >= 0 and config.weight_decay * config.lr < 1, f"--weight-decay {config.weight_decay} "
@@ -99,16 +100,12 @@ def check(config):
         (config.seed >= 0, f"--seed {config.seed} is negative: it must be 0 or more"),
         (config.block_size >= 2, f"--block-size {config.block_size} leaves nothing to predict: it must be 2 or more"),
     ]
-    rules += [(config.block_size <= build_limit(config), f"--block-size {config.block_size} is more than the "
-                                                         f"{build_limit(config)} positions of --preset {config.preset}")]
+    positions = build(PRESETS[config.preset], device="meta").max_positions
+    rules += [(config.block_size <= positions, f"--block-size {config.block_size} is more than the {positions} "
+                                               f"positions of --preset {config.preset}")]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-
-
-def build_limit(config):
-    shape = PRESETS[config.preset]
-    return getattr(shape, "n_positions", None) or shape.max_position_embeddings
 
 
 # -----------------------------------------------------------------------------
@@ -264,9 +261,10 @@ def find_ticket(run, model, params):
         if run.stopping():
             run.leave("stage I keeps no checkpoint, it will begin again")
     else:
-        run.progress.say(f"stage I: WARNING: no stable mask within {config.eb_steps} steps (last IoU "
-                         f"{'-' if value is None else f'{value:.3f}'}, wanted {config.eb_iou}, chance {chance:.2f}): the "
-                         "ticket is the LAST mask. --score mean becomes stable.")
+        last = "none" if value is None else f"{value:.3f}"
+        run.progress.say(f"stage I: WARNING: no stable mask within {config.eb_steps} steps (last IoU {last}, wanted "
+                         f"{config.eb_iou}, chance {chance:.2f}): the ticket is the LAST mask. --score mean becomes "
+                         "stable.")
     return bird.mask
 
 
@@ -325,7 +323,8 @@ class MaskedAdamW:
         def part(name, p):  # a copy, for `tensors` may be views of a file
             return sharded_like(p, rows(tensors[name], p).to(p.device, copy=True))
 
-        state = {i: {"step": torch.tensor(float(step)), **{key: part(f"{key}.{name}", p) for key in ("exp_avg", "exp_avg_sq")}}
+        state = {i: {"step": torch.tensor(float(step)), "exp_avg": part(f"exp_avg.{name}", p),
+                     "exp_avg_sq": part(f"exp_avg_sq.{name}", p)}
                  for i, (name, p) in enumerate(self.params.items())} if step else {}
         self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
 
@@ -455,7 +454,8 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         if self.device.type == "cpu":  # torch has no public question for these
-            return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+            names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            return any(getattr(torch.cpu, name, bool)() for name in names)
         return False
 
     def autocast(self):
@@ -548,8 +548,8 @@ class Run:
     def open_data(self):
         config = self.config
         if config.grad_accum % world():
-            raise UserError(f"--grad-accum {config.grad_accum} micro-batches cannot be shared equally by {world()} ranks: "
-                            "use a multiple of the number of ranks")
+            raise UserError(f"--grad-accum {config.grad_accum} micro-batches cannot be shared equally by {world()} "
+                            "ranks: use a multiple of the number of ranks")
         tokenizer = "bpe" if config.preset == "tiny" else "gpt2"
         steps = max(config.steps, config.eb_steps)
         self.tokenizer, self.train, self.validation = prepare(
@@ -632,13 +632,15 @@ def join_ranks():
         return
     # A dead rank closes its connections, which the others notice at once. The limit is for one that hangs; it leaves
     # time to write a large checkpoint, for which the others wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def leave_ranks():
     if dist.is_initialized():
+        dist.barrier()  # nobody hangs up while another is still talking
         dist.destroy_process_group()
 
 
@@ -702,7 +704,8 @@ def tie_shares(scores, threshold, ties):
     """
     if not sharded(next(iter(scores.values()))):
         return {}
-    mine = torch.stack([sum((bit_pattern(x) == threshold).sum() for (x,) in pieces(score)) for score in scores.values()])
+    mine = torch.stack([sum((bit_pattern(x) == threshold).sum() for (x,) in pieces(score))
+                        for score in scores.values()])
     each = [torch.empty_like(mine) for _ in range(world())]
     dist.all_gather(each, mine)
     held = torch.stack(each, dim=1)  # (tensors, ranks)
@@ -723,8 +726,7 @@ def build_sharded(shape, device):
     """
     from torch.distributed.fsdp import fully_shard  # takes as long to import as torch
 
-    with torch.device("meta"):
-        model = build(shape)
+    model = build(shape, device="meta")
     mesh = dist.init_device_mesh(device.type, (world(),))
     for part in (*model.blocks(), model):
         fully_shard(part, mesh=mesh)
@@ -798,7 +800,7 @@ def train(run):
     shape = PRESETS[config.preset]
     shape.vocab_size = run.tokenizer.size
     shard = config.shard and world() > 1
-    model = build_sharded(shape, machine.device) if shard else build(shape).to(machine.device)
+    model = build_sharded(shape, machine.device) if shard else build(shape, machine.device)
     model.checkpointing = config.checkpointing
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
@@ -844,7 +846,8 @@ def parse(argv):
         help = f.metadata["help"] + (f" [{default}]" if f.default is not None and f.name != "cache" else "")
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": int if f.default is None else type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
+                            help=help.replace("%", "%%"))
     parser.add_argument("--resume", metavar="OUT", help="go on with the run in OUT; it keeps its settings")
     given = vars(parser.parse_args(argv))
     out = given.pop("resume")
@@ -871,14 +874,14 @@ def main(argv=None):
     try:
         model = train(run)
     except FloatingPointError as error:
-        where = f"after step {run.progress.last} of stage {run.progress.stage}" if run.progress.stage else "in the first step"
-        raise SystemExit(f"\nstopped {where}: {error}; the last good checkpoint stays in {run.private}; start a new run "
-                         "with a lower --lr") from None
+        where = f"after step {run.progress.last} of stage {run.progress.stage}"
+        raise SystemExit(f"\nstopped {where if run.progress.stage else 'in the first step'}: {error}; the last good "
+                         f"checkpoint stays in {run.private}; start a new run with a lower --lr") from None
     except RuntimeError as error:
         if not lost_rank(error):
             raise
-        raise SystemExit(f"\nstopped: rank {rank()} has lost another rank, which died or was killed; go on from the last "
-                         f"checkpoint with: {launcher()} pmp.py --resume {run.out}") from None
+        raise SystemExit(f"\nstopped: rank {rank()} has lost another rank, which died or was killed; go on from the "
+                         f"last checkpoint with: {launcher()} pmp.py --resume {run.out}") from None
     print(f"\nreleased {run.out}/release; keep {run.private} to yourself\n")
     start_token = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = model.generate(start_token, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()

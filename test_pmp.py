@@ -1008,8 +1008,8 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 def corpus(tmp_path_factory):
     """A small .jsonl in which the subject of a sentence decides its end, so that there is something to learn."""
     words = random.Random(0)
-    ends = {"The cat": "drinks milk", "A dog": "chases the ball", "My mask": "stays private", "One ticket": "wins early",
-            "This model": "is released without it"}
+    ends = {"The cat": "drinks milk", "A dog": "chases the ball", "My mask": "stays private",
+            "One ticket": "wins early", "This model": "is released without it"}
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "small.jsonl", (
         " ".join(f"{subject} {words.choice(['often', 'never', 'always', 'now'])} {ends[subject]} in "
                  f"{words.choice('January February March April May June July'.split())} {words.randint(1, 99)}."
@@ -1026,8 +1026,8 @@ def cache(tmp_path_factory):
 def flags(corpus, cache):
     """Flags of a run that takes about a second: weight decay, accumulation, clipping and bf16 (where it is) are on."""
     return ["--data", str(corpus), "--cache", str(cache), "--block-size", "32", "--batch-size", "2",
-            "--grad-accum", "2", "--steps", "6", "--warmup", "2", "--eb-steps", "3", "--val-every", "3", "--val-blocks", "8",
-            "--save-every", "2", "--lr", "1e-3"]
+            "--grad-accum", "2", "--steps", "6", "--warmup", "2", "--eb-steps", "3", "--val-every", "3",
+            "--val-blocks", "8", "--save-every", "2", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="session")
@@ -1304,18 +1304,13 @@ def same_run(out, alone, tolerance):
     assert all((p - reference[name]).norm() <= tolerance * p.norm() for name, p in params.items())
 
 
-def log_of(out):
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"}
-            for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_two_ranks_are_one_run_with_the_same_bits(flags, alone, tmp_path):
     """2 ranks with a micro-batch each add the two gradients that one process adds, so not even the rounding differs."""
     process = ranks(2, *flags, *SAME, "--out", tmp_path / "out")
     text, error = process.communicate(timeout=120)
     assert process.returncode == 0 and text.count("\nreleased") == 1, error
     same_run(tmp_path / "out", alone, 0.0)
-    assert [{**line, "val_loss": 0} for line in log_of(tmp_path / "out")] == [{**line, "val_loss": 0} for line in log_of(alone)]
+    assert logged_losses(tmp_path / "out") == logged_losses(alone)
 
 
 def test_a_sharded_run_that_was_stopped_goes_on_in_one_process(flags, alone, tmp_path):
@@ -1324,7 +1319,8 @@ def test_a_sharded_run_that_was_stopped_goes_on_in_one_process(flags, alone, tmp
     wait_for(process, out, "II", 2)
     process.send_signal(signal.SIGTERM)
     text, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and "saved after update" in text and "--nproc-per-node=2 pmp.py --resume" in text, error
+    assert process.returncode != 0 and "saved after update" in text, error
+    assert "--nproc-per-node=2 pmp.py --resume" in text
     result = command("--resume", out, "--no-checkpointing")
     assert result.returncode == 0 and "going on after update" in result.stdout, result.stderr
     same_run(out, alone, 1e-6)
@@ -1358,50 +1354,46 @@ def test_ranks_that_cannot_share_the_micro_batches_are_refused_once(flags, tmp_p
 
 
 SHARDED_TOPK = """
-import os, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 import pmp
 from model import whole
 
-me, folder = int(os.environ["RANK"]), sys.argv[2]
-for world in (4, 2, 1):
-    if me >= world:
-        break
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world), rank=me, world_size=world)
-    mesh = dist.init_device_mesh("cpu", (world,))
-    result = {}
-    for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
-        split = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores.items()}
-        sent, real = [], dist.all_reduce
-        dist.all_reduce = lambda x, *rest: (sent.append(x.nbytes), real(x, *rest))[1]
-        for k in (1, 100, 2000, 2650):
-            masks = pmp.topk_mask(split, k)
-            result[f"{kind} {k}"] = {name: whole(mask) for name, mask in masks.items()}
-        dist.all_reduce = real
-        assert sent == [2**18, 2**19] * 4, sent
-        other = pmp.topk_mask(split, 1000)
-        result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, other))}
-    if me == 0:
-        torch.save(result, f"{folder}/masks{world}")
-    dist.destroy_process_group()
+dist.init_process_group("gloo")
+folder, world = sys.argv[2], dist.get_world_size()
+mesh, result = dist.init_device_mesh("cpu", (world,)), {}
+for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
+    split = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores.items()}
+    sent, real = [], dist.all_reduce
+    dist.all_reduce = lambda x, *rest: (sent.append(x.nbytes), real(x, *rest))[1]
+    for k in (1, 100, 2000, 2650):
+        masks = pmp.topk_mask(split, k)
+        result[f"{kind} {k}"] = {name: whole(mask) for name, mask in masks.items()}
+    dist.all_reduce = real
+    assert sent == [2**18, 2**19] * 4, sent
+    result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, pmp.topk_mask(split, 1000)))}
+if dist.get_rank() == 0:
+    torch.save(result, f"{folder}/masks{world}")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
 def test_the_ticket_of_sharded_gradients_has_the_same_bits_on_1_2_and_4_ranks(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    draw = {name: torch.randn(shape, generator=generator)
-            for name, shape in {"a": (3, 50), "b": (1001,), "c": (50, 20), "d": (1, 9), "e": (70, 7)}.items()}  # d = 2,650
+    shapes = {"a": (3, 50), "b": (1001,), "c": (50, 20), "d": (1, 9), "e": (70, 7)}  # 2,650 entries
+    draw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     scores = {"random": draw, "tied": {name: x.round() for name, x in draw.items()},
               "constant": {name: x * 0 - 1 for name, x in draw.items()},
               "zeros": {name: x * (x > 1) for name, x in draw.items()}}
     torch.save(scores, tmp_path / "scores")
     (tmp_path / "topk.py").write_text(SHARDED_TOPK)
-    result = subprocess.run([*TORCHRUN, "--nproc-per-node=4", str(tmp_path / "topk.py"), str(HERE), str(tmp_path)],
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
     for world in (1, 2, 4):
+        result = subprocess.run([*TORCHRUN, f"--nproc-per-node={world}", str(tmp_path / "topk.py"), str(HERE),
+                                 str(tmp_path)], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
         found = torch.load(tmp_path / f"masks{world}", weights_only=True)
         for kind, score in scores.items():
             for k in (1, 100, 2000, 2650):
@@ -1548,8 +1540,8 @@ def test_columns_stand_in_the_order_of_table_1():
 
 @pytest.fixture
 def site(server, monkeypatch):
-    """Both of GLUE's addresses. files: {name: bytes}; ranges: whether it honours Range; cut: bytes after which the first
-    answer for each file breaks off; asked: the (name, Range header) of every request."""
+    """Both of GLUE's addresses. files: {name: bytes}; ranges: whether it honours Range; cut: bytes after which the
+    first answer for each file breaks off; asked: the (name, Range header) of every request."""
     server.files, server.ranges, server.cut, server.asked = {}, True, 10**9, []
 
     def respond(path, headers):
@@ -1862,7 +1854,8 @@ def standin(tmp_path_factory):
     nouns = "mask ticket model weight layer token loss step seed run".split()
 
     def sentence():
-        parts = ["If the", "The", "A"], nouns, ["keeps", "finds", "moves", "hides"], ["no", "every", "one"], nouns, ["now."]
+        verbs = ["keeps", "finds", "moves", "hides"]
+        parts = ["If the", "The", "A"], nouns, verbs, ["no", "every", "one"], nouns, ["now."]
         return " ".join(map(words.choice, parts))
     write_standin(folder, [" ".join(sentence() for _ in range(8)) for _ in range(80)], train=64, dev=40)
     return folder
