@@ -2,7 +2,7 @@
 
 Parameter names, shapes and config.json are Hugging Face's, so that a release opens in transformers and a plain
 Hugging Face folder opens here, without renaming. The chapter runs: shapes, attention, GPT-2, LLaMA, loss and
-generation, memory, sharded tensors, initialisation, LoRA, safetensors, folders.
+generation, sharded tensors, initialisation, LoRA, safetensors, folders.
 """
 
 import hashlib

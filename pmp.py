@@ -616,7 +616,7 @@ class Run:
 
     def leave(self, what):
         print(f"\nstopped: {what}; go on with: {launcher()} pmp.py --resume {self.out}", flush=True)
-        leave_ranks()
+        leave_ranks(130)
         raise SystemExit(130)
 
 
@@ -638,10 +638,16 @@ def join_ranks():
         sys.stdout = open(os.devnull, "w")
 
 
-def leave_ranks():
+def leave_ranks(code=0):
+    """End this process if it is one of several ranks, when all of them have come here.
+
+    Python's own exit is passed over: there gloo's threads abort about one process in fifty ("terminate called without
+    an active exception", torch 2.13), and torchrun would report a finished run as a failure.
+    """
     if dist.is_initialized():
-        dist.barrier()  # nobody hangs up while another is still talking
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def world():
@@ -733,6 +739,21 @@ def build_sharded(shape, device):
     model.to_empty(device=device)
     model.tie()
     return model
+
+
+def memory_per_rank(shape, ranks=1, masked=True):
+    """{what: bytes} that each rank keeps to train a model `shape` (GPT2Config or LlamaConfig) in fp32 with AdamW.
+
+    Needs no memory itself: try it on a shape of your own. With ranks > 1 as under --shard: rows are dealt out evenly,
+    and `gathered` estimates what FSDP keeps whole for a moment, the root's weights and gradients (embedding and head),
+    the weights of two blocks (one in use, one on its way) and the gradients of one. Activations come on top.
+    """
+    model = build(shape, device="meta")
+    share = sum(-(-len(p) // ranks) * (p.numel() // len(p)) for p in model.parameters())
+    block = sum(p.numel() for p in model.blocks()[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - block * len(model.blocks())
+    return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "mask": share if masked else 0,
+            "gathered": 4 * (2 * root + 3 * block) if ranks > 1 else 0}
 
 
 # -----------------------------------------------------------------------------

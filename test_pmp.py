@@ -1266,6 +1266,25 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(flags, tmp_pa
 # -----------------------------------------------------------------------------
 # more than one device: 2 gloo processes on this machine against one
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_memory_per_rank_is_what_training_keeps(kind):
+    model = small_model(kind)
+    params = dict(model.named_parameters())
+    d = sum(p.numel() for p in params.values())
+    masks = pmp.random_mask(params, d // 2, b"m")
+    optimizer = pmp.MaskedAdamW(params, masks, 0.1)
+    random_gradients(params, 0)
+    kept = {"weights": sum(p.nbytes for p in params.values()), "gradients": sum(p.grad.nbytes for p in params.values()),
+            "mask": sum(mask.nbytes for mask in masks.values()), "gathered": 0}
+    optimizer.step(1e-3)
+    kept["moments"] = sum(tensor.nbytes for tensor in optimizer.state().values())
+    assert pmp.memory_per_rank(SMALL[kind]) == kept and sum(kept.values()) == 17 * d
+    assert pmp.memory_per_rank(SMALL[kind], masked=False)["mask"] == 0
+    halves = pmp.memory_per_rank(SMALL[kind], ranks=2)
+    for what in ("weights", "gradients", "moments", "mask"):  # 97 rows give one rank a row more
+        assert kept[what] / 2 <= halves[what] < kept[what] / 2 * 1.02
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -1376,8 +1395,7 @@ for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
     result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, pmp.topk_mask(split, 1000)))}
 if dist.get_rank() == 0:
     torch.save(result, f"{folder}/masks{world}")
-dist.barrier()
-dist.destroy_process_group()
+pmp.leave_ranks()
 """
 
 

@@ -11,6 +11,7 @@ import copy
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -92,13 +93,45 @@ def early_bird(entries, rounds, device):
     return alternate({"ours": lambda: topk_mask(scores, k), "torch.topk": by_sorting}, rounds, warm=0)
 
 
+def peak_memory(preset, masked):
+    """Bytes a parameter that two updates (of one short sequence, so that activations stay small) add at their peak to a
+    fresh process, and those of the tensors that training keeps."""
+    machine, config = Machine("cpu"), PRESETS[preset]
+    torch.randn(500, 500) @ torch.randn(500, 500)  # libraries load before the count begins
+    before = resident("VmRSS")
+    model = build(config)
+    initialise(model, b"bench")
+    params = dict(model.named_parameters())
+    d = sum(p.numel() for p in params.values())
+    masks = random_mask(params, int(0.7 * d), b"bench") if masked else None
+    optimizer = MaskedAdamW(params, masks, 0.1)
+    batch = torch.zeros(1, 32, dtype=torch.long)
+    for _ in range(2):
+        with machine.autocast():
+            loss = model(batch, batch)
+        loss.backward()
+        kept = sum(p.nbytes + p.grad.nbytes for p in params.values())
+        optimizer.step(1e-4, clip=1.0)
+    kept += sum(tensor.nbytes for tensor in optimizer.state().values()) + sum(m.nbytes for m in (masks or {}).values())
+    print(json.dumps({"kept": round(kept / d, 2), "peak": round((resident("VmHWM") - before) / d, 2)}))
+
+
+def resident(key):
+    """Bytes of this process in memory: VmRSS now, VmHWM at the peak (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15, help="timed updates of each kind")
     parser.add_argument("--entries", type=int, default=100_000_000, help="gradient entries in the EarlyBird timing")
+    parser.add_argument("--memory", choices=("dense", "masked"), help="measure memory alone, in this process")
     args = parser.parse_args()
+    if args.memory:
+        return peak_memory(args.preset, args.memory == "masked")
 
     machine, config = Machine(), PRESETS[args.preset]
     batch = torch.randint(config.vocab_size, (args.batch_size, Config.block_size), device=machine.device)
@@ -131,6 +164,9 @@ def main():
         "masked_over_dense_time": round(median["masked"] / median["dense"], 4),
         "matmul_gflops": round(rate / 1e9),
         "mfu": {name: round(flops_per_token(dense, config) * tokens / value / rate, 3) for name, value in median.items()},
+        "bytes_per_parameter": {kind: json.loads(subprocess.run(
+            [sys.executable, __file__, "--preset", args.preset, "--memory", kind], capture_output=True, text=True,
+            check=True).stdout) for kind in ("dense", "masked")},
         "early_bird_entries": args.entries,
         "early_bird_s": {name: round(statistics.median(values), 3) for name, values in ticket.items()},
         "early_bird_speedup": round(statistics.median(ticket["torch.topk"]) / statistics.median(ticket["ours"]), 1),
