@@ -29,7 +29,8 @@ from data.sources import open_source
 from data.standin import write_standin
 from data.tokenizer import Tokenizer
 from model import add_lora, fingerprint, initialise, load_folder
-from pmp import Machine, MaskedAdamW, Progress, command_line, load_mask
+from pmp import (Machine, MaskedAdamW, Progress, command_line, from_first, join_ranks, leave_ranks, load_mask, rank,
+                 wait_for_ranks, world)
 
 # ---- tasks and data ------------------------------------------------------------------------------------------------
 
@@ -585,7 +586,7 @@ def read_results(path):
 
 
 def append_result(path, result):
-    """Add one line, whole and synced, so that a sweep can be interrupted at any moment."""
+    """Add one line, whole and synced, so that a sweep can be interrupted at any moment and ranks can share a file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
         file.flush()
@@ -625,35 +626,43 @@ def sweep(release, tasks, methods, seeds, settings, results_file, glue_dir, data
     machine = machine or Machine(dtype=settings.dtype)
     masks = masks and {name: mask.to(machine.device) for name, mask in masks.items()}
     weights = fingerprint(params)
-    have = read_results(results_file)
-    done = {identity(result) for result in have}
     common = {"weights": weights, "authorised": bool(masks), "data": data_name,
               "settings": asdict(settings) | {"dtype": machine.dtype}}
-    for name in tasks:
-        data = None
-        for method in methods:
-            for seed in seeds:
-                result = {"task": name, "model": str(release), "method": method, "seed": seed, **common}
-                if identity(result) in done:
-                    continue
-                data = data or encode_task(name, glue_dir, tokenizer, settings.max_length)
-                progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
-                copied = copy.deepcopy(body).to(machine.device)
-                if machine.wants_compile(compile, 0):
-                    machine.compile(copied, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
-                began = time.perf_counter()
-                outcome, _ = finetune(copied, name, data, method, seed, settings, machine, masks, progress)
-                result |= outcome | {"seconds": round(time.perf_counter() - began, 1)}
-                append_result(results_file, result)
-                have.append(result)
-                progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(
-                    f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
-                    for column, scores in outcome["scores"].items()) + ("  DIVERGED" if outcome["diverged"] else ""))
-    return [result for result in have if all(result[key] == common[key] for key in ("weights", "data", "settings"))]
+    wanted = [{"task": name, "model": str(release), "method": method, "seed": seed, **common}
+              for name in tasks for method in methods for seed in seeds]
+    done = {identity(result) for result in from_first(read_results, results_file)}
+    missing = [result for result in wanted if identity(result) not in done]
+    data_of, data = None, None
+    for result in missing[rank()::world()]:  # under torchrun each rank takes its share
+        name, method, seed = result["task"], result["method"], result["seed"]
+        if name != data_of:
+            data_of, data = name, encode_task(name, glue_dir, tokenizer, settings.max_length)
+        progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
+        copied = copy.deepcopy(body).to(machine.device)
+        if machine.wants_compile(compile, 0):
+            machine.compile(copied, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
+        began = time.perf_counter()
+        outcome, _ = finetune(copied, name, data, method, seed, settings, machine, masks, progress)
+        append_result(results_file, result | outcome | {"seconds": round(time.perf_counter() - began, 1)})
+        progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(
+            f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
+            for column, scores in outcome["scores"].items()) + ("  DIVERGED" if outcome["diverged"] else ""))
+    wait_for_ranks()
+    return [result for result in from_first(read_results, results_file)
+            if all(result[key] == common[key] for key in ("weights", "data", "settings"))]
 
 
-def standin_folder():
-    """The stand-in tasks, made from the held-out prose once and kept. Not GLUE: they only exercise every path."""
+def task_folder(args):
+    """Where the TSVs are, after fetching or making those that are not there yet.
+
+    The stand-in tasks are made from the held-out prose, once, and kept. Not GLUE: they only exercise every path.
+    """
+    if args.glue_dir:
+        return args.glue_dir
+    if not args.standin:
+        for name in args.tasks:
+            fetch(name, CACHE)
+        return CACHE
     prose = open_source("prose")
     digest = hashlib.sha256(json.dumps(prose.id, sort_keys=True).encode()).hexdigest()[:8]
     folder = CACHE.parent / f"standin-{digest}"
@@ -705,24 +714,19 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    join_ranks()
+    args = from_first(parse, argv)
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     machine = Machine(args.device, args.dtype)
     if not Path(args.release, "config.json").exists():
         load_folder(args.release)  # says what is wrong, before anything is downloaded
-    if args.standin:
-        folder = standin_folder()
-    elif args.glue_dir:
-        folder = args.glue_dir
-    else:
-        folder = CACHE
-        for name in args.tasks:
-            fetch(name, folder)
+    folder = from_first(task_folder, args)
     results = sweep(args.release, args.tasks, args.method, args.seed, settings, args.results, folder,
                     "stand-in" if args.standin else "GLUE", args.mask, machine, args.compile)
     print()
     for epoch in ("last", "best"):
         print(table(results, args.paper and epoch == "last", args.standin, epoch) + "\n")
+    leave_ranks()
 
 
 if __name__ == "__main__":

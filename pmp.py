@@ -638,6 +638,12 @@ def join_ranks():
         sys.stdout = open(os.devnull, "w")
 
 
+def wait_for_ranks():
+    """Return when all ranks have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave_ranks(code=0):
     """End this process if it is one of several ranks, when all of them have come here.
 
@@ -645,7 +651,7 @@ def leave_ranks(code=0):
     an active exception", torch 2.13), and torchrun would report a finished run as a failure.
     """
     if dist.is_initialized():
-        dist.barrier()
+        wait_for_ranks()
         sys.stdout.flush()
         os._exit(code)
 

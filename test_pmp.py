@@ -2020,6 +2020,20 @@ def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(finished, standin, t
     assert results.read_bytes() == before and "seed 0:" not in capsys.readouterr().out
 
 
+def test_two_ranks_share_a_sweep(finished, standin, tmp_path):
+    flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "qnli", "--method", "base", "full")
+    result = subprocess.run([*TORCHRUN, "--nproc-per-node=2", str(HERE / "glue.py"), *flags], capture_output=True,
+                            text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.count("accuracy in %, last epoch") == 1, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "glue.jsonl").read_text().splitlines()]
+    assert sorted((r["task"], r["method"]) for r in lines) == [(task, method) for task in ("qnli", "rte")
+                                                               for method in ("base", "full")]
+    glue.main(sweep(finished, standin, tmp_path / "alone", "--tasks", "rte", "qnli", "--method", "base", "full"))
+    alone = [json.loads(line) for line in (tmp_path / "alone").read_text().splitlines()]
+    scores = [{(r["task"], r["method"]): r["scores"] for r in results} for results in (lines, alone)]
+    assert scores[0] == scores[1]
+
+
 def test_outsider_and_authorised_rows_share_a_table(finished, standin, tmp_path, capsys):
     results = tmp_path / "glue.jsonl"
     glue.main(sweep(finished, standin, results, "--tasks", "rte", "--method", "full"))
