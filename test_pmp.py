@@ -1199,6 +1199,16 @@ def test_compile_or_its_fallback_trains(flags, tmp_path, monkeypatch, capsys):
     assert weights(tmp_path / "out")
 
 
+def test_the_readme_has_every_flag_with_its_defaults():
+    table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+             for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| `--")}
+    for f in dataclasses.fields(pmp.Config):
+        tiny, paper = table.pop(f"`--{f.name.replace('_', '-')}`")
+        if f.name not in ("cache", "init_seed"):
+            assert (tiny, paper) == (str(pmp.TINY.get(f.name, f.default)), str(f.default)), f.name
+    assert not [name for name in table if name not in ("`--method`",)]
+
+
 def bad(*flags, expect, capsys, code=2, main=pmp.main):
     with pytest.raises(SystemExit) as leave:
         pmp.command_line(lambda: main([str(flag) for flag in flags]))
