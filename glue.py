@@ -29,8 +29,8 @@ from data.sources import open_source
 from data.standin import write_standin
 from data.tokenizer import Tokenizer
 from model import add_lora, fingerprint, initialise, load_folder
-from pmp import (Machine, MaskedAdamW, Progress, command_line, from_first, join_ranks, leave_ranks, load_mask, rank,
-                 wait_for_ranks, world)
+from pmp import (Machine, MaskedAdamW, Parser, Progress, command_line, from_first, join_ranks, leave_ranks, load_mask,
+                 rank, wait_for_ranks, world)
 
 # ---- tasks and data ------------------------------------------------------------------------------------------------
 
@@ -673,8 +673,8 @@ def task_folder(args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("release", help="a release folder, or any plain Hugging Face GPT-2 or LLaMA folder")
     add("--mask", help="the private mask of this release: fine-tune as an authorised user")

@@ -864,10 +864,17 @@ def train(run):
     return model
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one sentence here, like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; -h lists the flags")
+
+
 def parse(argv):
     """(Config, None) for a new run, or (machine flags, OUT) for --resume OUT."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
     for f in fields(Config):
         default = f"{f.default}" if f.name not in TINY else f"{TINY[f.name]} for tiny, else {f.default}"
         help = f.metadata["help"] + (f" [{default}]" if f.default is not None and f.name != "cache" else "")

@@ -19,6 +19,7 @@ import platform
 import pydoc_data.topics
 import random
 import re
+import sys
 import sysconfig
 import time
 import zlib
@@ -238,6 +239,8 @@ class SlimPajama:
                         f"SlimPajama did not come for too long, at row {offset:,} of {split} (last: {error}): "
                         "check the network and run the same command again, it goes on at that row"
                     ) from None
+                if attempt > 3:  # the wait is long enough to be noticed
+                    print(f"SlimPajama: {str(error)[:90]}…; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
 
     def _page(self, split, offset, total):

@@ -79,8 +79,7 @@ class Tokenizer:
         except (requests.RequestException, OSError, ValueError) as error:
             raise UserError(
                 "tiktoken could not fetch GPT-2's vocabulary: connect to the network once, or set TIKTOKEN_CACHE_DIR "
-                "to a writable folder with tiktoken's files for gpt2 (6d1cbeee… and 6c7ea1a7…) from another machine "
-                f"({error})"
+                f"to a writable copy of the folder that has tiktoken's files for gpt2 ({str(error)[:90]}…)"
             ) from None
         return cls({encoding.decode_single_token_bytes(rank): rank for rank in range(50256)}, {EOS: 50256})
 
