@@ -1080,7 +1080,7 @@ def test_a_run_says_what_it_does(finished):
     steps = [("I", step) for step in (1, 2, 3)] + [("II", step) for step in range(1, 7)]
     assert [(line["stage"], line["step"]) for line in lines] == steps
     assert all("val_loss" in line for line in lines[5::3]) and all(0 < line["iou"] < 1 for line in lines[1:3])
-    assert lines[3]["loss"] == pytest.approx(math.log(load_folder(finished / "release").config.vocab_size), rel=0.02)
+    assert lines[3]["loss"] == pytest.approx(math.log(load_folder(finished / "release").config.vocab_size), abs=0.4)
 
 
 def test_the_release_holds_weights_config_and_tokenizer_alone(finished, flags, tmp_path):
