@@ -13,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -527,6 +528,7 @@ class Progress:
                           for key, value in numbers.items())
         line = f"{self.prefix}{stage} {step}/{total} | {text} | eta {int(left // 60)}:{int(left % 60):02d}"
         if self.terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             print(f"\r\033[K{line}", end="\n" if last or "val_loss" in numbers else "", flush=True)
         else:
             print(line, flush=True)
@@ -751,15 +753,16 @@ def memory_per_rank(shape, ranks=1, masked=True):
     """{what: bytes} that each rank keeps to train a model `shape` (GPT2Config or LlamaConfig) in fp32 with AdamW.
 
     Needs no memory itself: try it on a shape of your own. With ranks > 1 as under --shard: rows are dealt out evenly,
-    and `gathered` estimates what FSDP keeps whole for a moment, the root's weights and gradients (embedding and head),
-    the weights of two blocks (one in use, one on its way) and the gradients of one. Activations come on top.
+    and `gathered` estimates what FSDP keeps whole for a moment: the weights and gradients of the root (embedding and
+    head), and a copy of those gradients or the weights of two blocks and the gradients of one. On top come activations
+    and, in stage I, the next candidate mask (1 byte a parameter) and with --score mean the mean (4 bytes).
     """
     model = build(shape, device="meta")
     share = sum(-(-len(p) // ranks) * (p.numel() // len(p)) for p in model.parameters())
     block = sum(p.numel() for p in model.blocks()[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.blocks())
     return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "mask": share if masked else 0,
-            "gathered": 4 * (2 * root + 3 * block) if ranks > 1 else 0}
+            "gathered": 4 * (2 * root + max(root, 3 * block)) if ranks > 1 else 0}
 
 
 # -----------------------------------------------------------------------------
