@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -254,7 +254,7 @@ def find_ticket(run, model, params):
         lr = learning_rate(step, config)
         norm = optimizer.step(lr, config.clip)
         numbers = {} if value is None else {"iou": value, "iou_chance": chance}
-        run.progress.step("I", step + 1, config.eb_steps, loss=loss, lr=lr, grad_norm=norm, **numbers)
+        run.progress.step("I", step + 1, config.eb_steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
         if bird.stable:  # eq. 4
             run.progress.say(f"stage I: the mask is stable (IoU >= {config.eb_iou} for {config.eb_patience} steps) "
                              f"after {step + 1} steps; two random masks would share {chance:.2f}")
@@ -361,7 +361,7 @@ def pretrain(run, model, params, masks, step, optimizer):
         numbers = {}
         if step % config.val_every == 0 or step == config.steps:
             numbers["val_loss"] = run.validate(model)
-        run.progress.step("II", step, config.steps, loss=loss, lr=lr, grad_norm=norm, **numbers)
+        run.progress.step("II", step, config.steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
         stopping = run.stopping()
         if step % config.save_every == 0 or step == config.steps or stopping:
             run.save(params, masks, optimizer, step)
@@ -526,7 +526,7 @@ class Progress:
                 self.rate: ",d"}
         text = " | ".join(f"{key.replace('_per_', '/').replace('_', ' ')} {value:{form.get(key, '')}}"
                           for key, value in numbers.items())
-        line = f"{self.prefix}{stage} {step}/{total} | {text} | eta {int(left // 60)}:{int(left % 60):02d}"
+        line = f"{self.prefix}{stage} {step}/{total} | eta {int(left // 60)}:{int(left % 60):02d} | {text}"
         if self.terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             print(f"\r\033[K{line}", end="\n" if last or "val_loss" in numbers else "", flush=True)
@@ -827,8 +827,7 @@ def train(run):
     run.progress = Progress(log, run.tokens_per_step)
     say = run.progress.say
 
-    shape = PRESETS[config.preset]
-    shape.vocab_size = run.tokenizer.size
+    shape = replace(PRESETS[config.preset], vocab_size=run.tokenizer.size)
     shard = config.shard and world() > 1
     model = build_sharded(shape, machine.device) if shard else build(shape, machine.device)
     model.checkpointing = config.checkpointing
@@ -906,8 +905,7 @@ def main(argv=None):
         run.stop = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         model = train(run)
     except FloatingPointError as error:
@@ -919,6 +917,9 @@ def main(argv=None):
             raise
         raise SystemExit(f"\nstopped: rank {rank()} has lost another rank, which died or was killed; go on from the "
                          f"last checkpoint with: {launcher()} pmp.py --resume {run.out}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"\nreleased {run.out}/release; keep {run.private} to yourself\n")
     start_token = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = model.generate(start_token, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
