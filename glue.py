@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,12 @@ def cell(seeds):
 # What a method trains, with its learning rate at width 768. A narrower model wants a larger step, a wider one a
 # smaller one (Adam's rate goes with 1/width: Yang et al., 2022): 2e-5, the usual rate of `full`, at TinyLlama's 2048.
 LEARNING_RATE = {"base": 0.0, "probe": 1e-3, "scratch": 5e-4, "lora": 5e-4, "full": 5e-5}
+
+
+def learning_rate(method, width):
+    return LEARNING_RATE[method] * 768 / width
+
+
 AUTHORISED = ("lora", "full")  # the methods that the mask changes anything for
 WARMUP = 0.06  # share of the updates
 
@@ -518,6 +525,33 @@ def evaluate(model, name, data, settings, machine):
     return scores
 
 
+def fit(model, loss, batches, epochs, optimizer, lr, clip, machine, evaluate, progress=None):
+    """The loop of any fine-tuning: `epochs` times over batches(epoch), the rate `lr` going up, then down, linearly.
+
+    loss(batch) gives a scalar, evaluate() what is to be known after an epoch. Returns ([evaluate() after each epoch, or
+    once if there is none], updates, diverged): a loss that is not finite ends the training.
+    """
+    total = epochs * len(batches(0)) if epochs else 0
+    warmup = max(1, round(WARMUP * total))
+    history, step = [], 0
+    for epoch in range(epochs):
+        model.train()
+        for batch in batches(epoch):
+            with machine.autocast():
+                value = loss(batch)
+            value.backward()
+            now = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup))
+            try:
+                norm = optimizer.step(now, clip)
+            except FloatingPointError:
+                return [*history, evaluate()], step, True
+            step += 1
+            if progress:
+                progress(step, total, loss=value.item(), lr=now, grad_norm=norm)
+        history.append(evaluate())
+    return history or [evaluate()], step, False
+
+
 def finetune(body, name, data, method, seed, settings, machine, masks=None, progress=None, make_optimizer=MaskedAdamW):
     """Fine-tune `body` (which is changed) on task `name`. Returns (result, Classifier).
 
@@ -534,31 +568,14 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
         order = np.random.default_rng(seed).permutation(len(train))
         train = [train[i] for i in order[: settings.limit]]
     epochs = 0 if method == "base" else settings.epochs
-    total = epochs * math.ceil(len(train) / settings.batch_size)
-    base = settings.lr or LEARNING_RATE[method] * 768 / model.head.size(1)
+    lr = settings.lr or learning_rate(method, model.head.size(1))
     optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if epochs else None
-    labels = torch.tensor([label for _, label in train], device=machine.device)
-    history, step, diverged = [], 0, False
-    for epoch in range(epochs):
-        model.train()
-        for chosen in group_by_length([len(ids) for ids, _ in train], settings.batch_size, [seed, epoch]):
-            with machine.autocast():
-                loss = loss_of(model(*pad([train[i][0] for i in chosen], machine.device)), labels[chosen])
-            loss.backward()
-            warmup = max(1, round(WARMUP * total))
-            lr = base * min((step + 1) / warmup, (total - step) / max(1, total - warmup))  # linear up, linear down
-            try:
-                norm = optimizer.step(lr, settings.clip)
-            except FloatingPointError:
-                diverged = True
-                break
-            step += 1
-            if progress:
-                progress.step(f"{name} {method} seed {seed}", step, total, loss=loss.item(), lr=lr, grad_norm=norm)
-        history.append(evaluate(model, name, data, settings, machine))
-        if diverged:
-            break
-    history = history or [evaluate(model, name, data, settings, machine)]
+    lengths, labels = [len(ids) for ids, _ in train], torch.tensor([label for _, label in train], device=machine.device)
+    history, step, diverged = fit(
+        model, lambda chosen: loss_of(model(*pad([train[i][0] for i in chosen], machine.device)), labels[chosen]),
+        lambda epoch: group_by_length(lengths, settings.batch_size, [seed, epoch]), epochs, optimizer, lr,
+        settings.clip, machine, lambda: evaluate(model, name, data, settings, machine),
+        progress and partial(progress.step, f"{name} {method} seed {seed}"))
     scores = {column: {"last": history[-1][column],
                        "best": max((epoch[column] for epoch in history), key=lambda metrics: metrics["accuracy"])}
               for column in task.columns}

@@ -58,6 +58,10 @@ PRESETS = {
         vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
     ),
+    "mini": LlamaConfig(  # half of tiny: for sweeps of many models on a laptop
+        vocab_size=4096, max_position_embeddings=1024, hidden_size=192, intermediate_size=512,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    ),
     "gpt2": GPT2Config(),
     "tinyllama": LlamaConfig(),  # the paper's 1.1B shape, section 4.1, with GPT-2's vocabulary
 }

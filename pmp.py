@@ -79,6 +79,7 @@ class Config:
 
 TINY = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "batch_size": 4, "grad_accum": 1,
         "val_every": 200, "val_blocks": 64, "save_every": 200}
+SMALL = ("tiny", "mini")  # the presets with TINY's defaults and a tokenizer trained on their own text
 # flags that say where and how a run computes, not what: --resume takes new ones
 MACHINE = ("device", "compile", "checkpointing", "shard")
 
@@ -552,7 +553,7 @@ class Run:
         if config.grad_accum % world():
             raise UserError(f"--grad-accum {config.grad_accum} micro-batches cannot be shared equally by {world()} "
                             "ranks: use a multiple of the number of ranks")
-        tokenizer = "bpe" if config.preset == "tiny" else "gpt2"
+        tokenizer = "bpe" if config.preset in SMALL else "gpt2"
         steps = max(config.steps, config.eb_steps)
         self.tokenizer, self.train, self.validation = prepare(
             config.data, tokenizer, steps * self.tokens_per_step, seed=config.seed, cache=config.cache,
@@ -878,7 +879,7 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
     for f in fields(Config):
-        default = f"{f.default}" if f.name not in TINY else f"{TINY[f.name]} for tiny, else {f.default}"
+        default = f"{f.default}" if f.name not in TINY else f"{TINY[f.name]} for {', '.join(SMALL)}, else {f.default}"
         help = f.metadata["help"] + (f" [{default}]" if f.default is not None and f.name != "cache" else "")
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": int if f.default is None else type(f.default), "choices": f.metadata["choices"]}
@@ -891,7 +892,7 @@ def parse(argv):
         if unwanted := [name for name in given if name not in MACHINE]:
             raise UserError(f"--resume keeps the settings of the run: leave out --{unwanted[0].replace('_', '-')}")
         return given, out
-    config = Config(**{**(TINY if given.get("preset", "tiny") == "tiny" else {}), **given})
+    config = Config(**{**(TINY if given.get("preset", Config.preset) in SMALL else {}), **given})
     check(config)
     return config, None
 

@@ -1,0 +1,363 @@
+"""Beyond the paper: what a determined outsider can do. Can he recover the mask? Can he fine-tune without it?
+
+    python experiments/attacks.py --scale laptop
+
+First recovery: each guess at the mask is a score for every parameter, judged by its AUC and, with rho known, by the IoU
+of its top rho. Then adaptation: each adversary searches learning rate and epochs, and the dense model is attacked in
+the same way. The table says how much of the dense model's gain over a random initialisation each one gets back.
+"""
+
+import hashlib
+import json
+from functools import partial
+
+import numpy as np
+import torch
+
+from common import BASE, FULL, LORA, MASKED_FULL, SCRATCH, Adversary, gradient, markdown, mean_sd, run
+from glue import fit, learning_rate
+from model import initial_value, initialise
+from pmp import MaskedAdamW, iou, random_mask, topk_mask
+
+# -----------------------------------------------------------------------------
+# recovery: {name: tensor}, larger where a parameter is more likely in the ticket
+
+
+def gradient_score(lab, release, batches):
+    """|gradient| of the released weights on public text, the sum over mini-batches (section 5.2's adversary)."""
+    train, _ = lab.text()
+    scores = {name: torch.zeros_like(p) for name, p in release.body.named_parameters()}
+    for index in range(batches):
+        for name, g in gradient(release.body, train.batch(index, 16, lab.block_size), lab.machine).items():
+            scores[name] += g.abs()
+    return scores
+
+
+def magnitude_score(lab, release):
+    return {name: p.detach().abs() for name, p in release.body.named_parameters()}
+
+
+def initial_spread(release):
+    """{name: standard deviation of theta(0)}, which is public: any secret will do to measure it."""
+    return {name: float(initial_value(release.body, name, p.shape, b"public").std(correction=0))
+            for name, p in release.body.named_parameters()}
+
+
+def distance_score(lab, release, bins=200):
+    """How improbable a weight is as a draw of theta(0), given how many weights of its tensor lie there.
+
+    A tensor is a mixture of frozen draws of N(0, s) and trained weights. With p the density of its |w| and f that of
+    |N(0, s)|, a weight is frozen with probability c f / p, where c, the frozen share, is at most the minimum of p / f.
+    """
+    scores = {}
+    for (name, p), spread in zip(release.body.named_parameters(), initial_spread(release).values()):
+        w = p.detach()
+        if not spread:  # a norm gain or bias, whose initial value is a constant: see constant_score
+            scores[name] = (w != w.flatten().mode().values).float()
+            continue
+        x = (w.abs() / spread).clamp(max=6)
+        place = (x / 6 * (bins - 1)).long()
+        edges = torch.arange(bins + 1, device=x.device) * (6 / (bins - 1))
+        expected = torch.erf(edges / 2**0.5).diff().clamp(min=1e-12) * x.numel()
+        found = torch.bincount(place.flatten(), minlength=bins).float()
+        ratio = found / expected
+        common = expected > 100  # bins with enough weights to trust
+        frozen = ratio[common].min() if common.any() else ratio.min()
+        scores[name] = 1 - (frozen / ratio.clamp(min=1e-9)).clamp(max=1)[place]
+    return scores
+
+
+def constant_score(lab, release):
+    """Constants that never moved: a norm gain at exactly 1 was frozen. All other parameters look trained."""
+    return {name: torch.ones_like(p) if spread else (p.detach() != p.detach().flatten().mode().values).float()
+            for (name, p), spread in zip(release.body.named_parameters(), initial_spread(release).values())}
+
+
+def rehearsal_score(lab, release, steps=20):
+    """The outsider's own EarlyBird: |gradient| at random weights of his own, on the public text. No weight of the
+    release enters, so what it finds is what any ticket of this architecture and text has in common."""
+    body = type(release.body)(release.body.config).to(lab.machine.device)
+    initialise(body, b"the outsider's own")
+    return gradient_score(lab, type(release)("", 0, None, body, None, None), steps)
+
+
+def combined_score(lab, release):
+    """Ranks of the three best guesses, added."""
+    parts = [score_of(lab, release, name) for name in ("distance from theta(0)'s distribution", "own EarlyBird",
+                                                     "gradient, 100 batches")]
+    ranked = []
+    for part in parts:
+        flat = torch.cat([score.flatten() for score in part.values()])
+        ranked.append(torch.empty_like(flat).scatter_(0, flat.argsort(), torch.arange(len(flat), device=flat.device) /
+                                                      len(flat)))
+    both = sum(ranked).split([p.numel() for p in release.body.parameters()])
+    return {name: part.view_as(p) for (name, p), part in zip(release.body.named_parameters(), both)}
+
+
+SCORES = {
+    **{f"gradient, {n} batch{'es' * (n > 1)}": partial(gradient_score, batches=n) for n in (1, 10, 100)},
+    "weight magnitude": magnitude_score,
+    "distance from theta(0)'s distribution": distance_score,
+    "constants that never moved": constant_score,
+    "own EarlyBird": rehearsal_score,
+    "combined": combined_score,
+    "random": lambda lab, release: {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p.device)
+                                    for name, p in release.body.named_parameters()},
+}
+
+
+def score_of(lab, release, name):
+    """A score of SCORES, computed once for each release."""
+    if (name, release.weights) not in lab.known:
+        lab.known[name, release.weights] = SCORES[name](lab, release)
+    return lab.known[name, release.weights]
+
+
+def guess(lab, release, name):
+    """The {name: bool mask} that an outsider who knows rho makes of a score."""
+    scores = score_of(lab, release, name)
+    return topk_mask(scores, int(0.7 * sum(score.numel() for score in scores.values())))
+
+
+def auc(positive, negative, points=2**20):
+    """P(a random entry of `positive` is above one of `negative`), ties half; from a sample where there are many."""
+    values = []
+    for part in (positive, negative):
+        at = torch.randint(len(part), (points,), generator=torch.Generator().manual_seed(0))
+        values.append(part.cpu()[at if len(part) > points else ...])
+    positive, negative = values[0], values[1].sort().values
+    below, upto = (torch.searchsorted(negative, positive, right=right).double().mean() for right in (False, True))
+    return float((below + upto) / (2 * len(negative)))
+
+
+def recovery(lab, seed, name):
+    """{"auc", "iou"} of a score against the true mask of pmp-SEED."""
+    release = lab.release("pmp", seed)
+    scores, masks = score_of(lab, release, name), release.masks
+    flat = torch.cat([scores[key].flatten() for key in masks])
+    true = torch.cat([mask.flatten() for mask in masks.values()])
+    return {"auc": auc(flat[true], flat[~true]), "iou": iou(guess(lab, release, name), masks)}
+
+
+def replay(lab, variant, secret):
+    """Redraw theta(0) from a secret or a guess of it, and call trained what differs from the release."""
+    release = lab.release(variant)
+    found = {name: initial_value(release.body, name, p.shape, secret).to(p.device) != p.detach()
+             for name, p in release.body.named_parameters()}
+    same = sum(int((~found[name]).sum()) for name in found)
+    return {"iou": iou(found, release.masks), "entries_recognised": same,
+            "frozen": sum(int((~mask).sum()) for mask in release.masks.values())}
+
+
+def leak(lab):
+    """Compare the release folders of a masked and a dense run: what else than the weights differs?"""
+    folders = [lab.release(variant).out / "release" for variant in ("pmp", "dense")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    others = [name for name in names[0] if name != "model.safetensors"]
+    differ = [name for name in others if len({(folder / name).read_bytes() for folder in folders}) > 1]
+    headers = []
+    for folder in folders:
+        with open(folder / "model.safetensors", "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"].pop("crc32")  # a function of the weights
+        headers.append(hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest())
+    return {"files": names[0], "same_files": names[0] == names[1], "differing": differ,
+            "same_header": headers[0] == headers[1]}
+
+
+# -----------------------------------------------------------------------------
+# adaptation
+
+
+class Stepper:
+    """Any torch optimizer with the step() of MaskedAdamW.
+
+    scale(name, height) multiplies the learning rate of a parameter; height is 0 at the embedding, 1 at the head.
+    """
+
+    def __init__(self, build, scale, params, masks, weight_decay, betas):
+        layer = {name: next((int(word) for word in name.split(".") if word.isdigit()), None) for name in params}
+        layers = 1 + max(number for number in layer.values() if number is not None)
+        groups = []
+        for name, p in params.items():
+            low = any(part in name for part in ("embed", "wte", "wpe"))
+            height = 1 - low if layer[name] is None else (1 + layer[name]) / (1 + layers)
+            groups.append({"params": [p], "scale": scale(name, height)})
+        self.optimizer = build(groups)
+
+    def step(self, lr, clip):
+        groups = self.optimizer.param_groups
+        norm = float(torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip))
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}")
+        for group in groups:
+            group["lr"] = lr * group["scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al., 2023: the sign of an interpolated momentum."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-4})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    p.add_(torch.lerp(momentum, p.grad, 0.1).sign_(), alpha=-group["lr"])
+                    momentum.lerp_(p.grad, 0.01)
+
+
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
+
+
+def other(build, scale=lambda name, height: 1.0):
+    return partial(Stepper, build, scale)
+
+
+def only(*parts):
+    """AdamW on the parameters whose name has one of `parts`, and on the head."""
+    return other(ADAMW, lambda name, height: float("head" in name or any(part in name for part in parts)))
+
+
+def continue_pretraining(lab, release, body, updates, masks=None):
+    """Train on the public text again, before fine-tuning; inside a suspected ticket where masks says so."""
+    train, _ = lab.text()
+    params = dict(body.named_parameters())
+    optimizer = MaskedAdamW(params, masks and masks(lab, release), 0.0)
+    fit(body, lambda index: body(*2 * (train.batch(index, 16, lab.block_size).to(lab.machine.device),)),
+        lambda epoch: range(updates), 1, optimizer, 5 * learning_rate("full", body.embedding().weight.size(1)), 1.0,
+        lab.machine, lambda: None)
+
+
+@torch.no_grad()
+def reset(lab, release, body, how):
+    """Replace the suspected complement: "zero", "redraw" from theta(0)'s distribution, or "halve"."""
+    masks = guess(lab, release, BEST)
+    for name, p in body.named_parameters():
+        if p.ndim > 1:
+            new = {"zero": torch.zeros_like(p), "halve": p / 2,
+                   "redraw": initial_value(body, name, p.shape, b"outsider").to(p.device)}[how]
+            p.copy_(torch.where(masks[name], p, new))
+
+
+@torch.no_grad()
+def shrink_and_perturb(lab, release, body, keep=0.7):
+    """Ash and Adams, 2020: theta <- keep * theta + (1 - keep) * a new random initialisation."""
+    for name, p in body.named_parameters():
+        p.mul_(keep).add_(initial_value(body, name, p.shape, b"outsider").to(p.device), alpha=1 - keep)
+
+
+def guessed(name):
+    return lambda lab, release: guess(lab, release, name)
+
+
+def blind(rho):
+    def mask(lab, release):
+        params = dict(release.body.named_parameters())
+        return random_mask(params, int(rho * sum(p.numel() for p in params.values())), b"outsider")
+    return mask
+
+
+BEST = "combined"  # the best recovered mask
+# these leave the release as it is and need no guess at the mask: the dense model gets them too
+PLAIN = [
+    FULL, LORA, Adversary("full, rates over two decades", rates=(0.1, 0.3, 1.0, 3.0, 10.0)),
+    Adversary("full, three times the epochs", longer=3),
+    *(Adversary(f"LoRA, rank {r}", "lora", {"lora_rank": r, "lora_alpha": 2.0 * r}) for r in (4, 16, 32, 64)),
+    Adversary("SGD with momentum", optimizer=other(partial(torch.optim.SGD, momentum=0.9)), rate=300.0),
+    Adversary("Lion", optimizer=other(Lion), rate=0.3),
+    Adversary("Adafactor", optimizer=other(torch.optim.Adafactor), rate=30.0),
+    Adversary("RMSprop", optimizer=other(torch.optim.RMSprop), rate=0.3),
+    Adversary("Adagrad", optimizer=other(torch.optim.Adagrad), rate=10.0),
+    Adversary("batch of 8", settings={"batch_size": 8}, rate=0.5),
+    Adversary("no clipping, no weight decay", settings={"clip": float("inf"), "weight_decay": 0.0}),
+    Adversary("strong weight decay", settings={"weight_decay": 1.0}),
+    Adversary("attention only", optimizer=only("attn")),
+    Adversary("MLP only", optimizer=only("mlp")),
+    Adversary("norms only", optimizer=only("norm", "ln_"), rate=10.0),
+    Adversary("all but embedding", optimizer=only("attn", "mlp", "norm", "ln_")),
+    Adversary("upper half only", optimizer=other(ADAMW, lambda name, height: float(height > 0.5))),
+    Adversary("layer-wise rates", optimizer=other(ADAMW, lambda name, height: 10 ** (height - 1)), rate=3.0),
+    Adversary("continued pre-training, 50 updates", change=partial(continue_pretraining, updates=50)),
+    Adversary("continued pre-training, 200 updates", change=partial(continue_pretraining, updates=200)),
+    Adversary("shrink and perturb", change=shrink_and_perturb),
+]
+SUSPICIOUS = [
+    Adversary("random mask, rho 0.7", mask=blind(0.7)), Adversary("random mask, rho 0.5", mask=blind(0.5)),
+    *(Adversary(f"mask from {name}", mask=guessed(name)) for name in SCORES if name != "random"),
+    *(Adversary(f"{how} the suspected complement", change=partial(reset, how=how))
+      for how in ("zero", "redraw", "halve")),
+    Adversary("continued pre-training of the suspected ticket", mask=guessed(BEST),
+              change=partial(continue_pretraining, updates=50, masks=guessed(BEST))),
+]
+
+
+def recoveries(lab):
+    """The table of guesses at the mask, and what replaying a seed and reading the release folder gives."""
+    rows = []
+    for name in SCORES:
+        found = [lab.once("recovery", {"attack": name, "pretrain_seed": seed}, partial(recovery, lab, seed, name))
+                 for seed in range(3)]
+        found = [result for result in found if result]
+        rows.append([name, mean_sd([result["auc"] for result in found]), mean_sd([result["iou"] for result in found])])
+    secret = bytes.fromhex(json.loads((lab.release("pmp").out / "private" / "run.json").read_bytes())["init_secret"])
+    for name, variant, guessed_secret in (
+            ("replay, the seed is known", "seeded", b"init-seed 42"), ("replay, another seed", "seeded", b"init-seed 43"),
+            ("replay, the secret is known", "pmp", secret), ("replay, the secret is kept", "pmp", b"init-seed 42")):
+        attempt = partial(replay, lab, variant, guessed_secret)
+        found = lab.once("recovery", {"attack": name, "pretrain_seed": 0}, attempt)
+        rows.append([name, "", mean_sd([found["iou"]] if found else [])])
+    folder = lab.once("recovery", {"attack": "release folder", "pretrain_seed": 0}, partial(leak, lab))
+    rows.sort(key=lambda row: row[2], reverse=True)
+    note = folder and (f"Release folder: files {'the same' if folder['same_files'] else 'DIFFER'} with and without PMP; "
+                       f"besides the weights {len(folder['differing'])} files differ; the header of the weights is "
+                       f"{'the same' if folder['same_header'] else 'NOT the same'}.")
+    header = ["guess at the mask", "AUC (chance 0.50)", f"IoU (chance {0.7 / (2 - 0.7):.2f})"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def means(lab, variant, adversary, count, tasks):
+    """{task: mean accuracy} over `count` pairs of seeds, nan where others are at work."""
+    return {task: np.mean(lab.scores(variant, task, adversary, count) or [np.nan]) for task in tasks}
+
+
+def regained(lab, variant, adversary, count, tasks):
+    """How much of the dense model's gain over a random initialisation, in %, the mean over tasks."""
+    own, dense, scratch = (means(lab, model, arm, count, tasks) for model, arm in (
+        (variant, adversary), ("dense", FULL), ("dense", SCRATCH)))
+    return 100 * np.mean([(own[task] - scratch[task]) / (dense[task] - scratch[task]) for task in tasks])
+
+
+def adaptations(lab):
+    """The table of adversaries: all on the first task, the ten strongest and the references on all, with three seeds."""
+    first, outsiders = lab.scale.needy[:1], PLAIN + SUSPICIOUS
+    alone = {adversary.name: regained(lab, "pmp", adversary, 1, first) for adversary in outsiders}
+    control = {adversary.name: regained(lab, "dense", adversary, 1, first) for adversary in PLAIN}
+    strongest = sorted(alone, key=lambda name: -np.nan_to_num(alone[name], nan=-np.inf))[:10]
+    references = [("dense", FULL, "dense model, full (= 100)"), ("dense", SCRATCH, "random weights (= 0)"),
+                  ("pmp", MASKED_FULL, "authorised, full"), ("pmp", BASE, "released, untouched")]
+    rows = []
+    for variant, adversary, label in references + [("pmp", adversary, adversary.name) for adversary in outsiders]:
+        thorough = adversary.name in strongest or (variant, adversary, label) in references or adversary is FULL
+        count, tasks = (3, lab.scale.needy) if thorough else (1, first)
+        share = regained(lab, variant, adversary, count, tasks)
+        same = f"{control[label]:.0f}" if label in control else ""
+        scores = [mean_sd(lab.scores(variant, task, adversary, count)) if task in tasks else "" for task in lab.scale.needy]
+        rows.append((share, [label, f"{share:.0f}", same, count, *scores]))
+    rows.sort(key=lambda row: -np.nan_to_num(row[0], nan=-np.inf))
+    return markdown(["adversary", "% regained", "the same on the dense model", "seeds", *lab.scale.needy],
+                    [row for _, row in rows])
+
+
+def script(lab):
+    return recoveries(lab) + "\n\n" + adaptations(lab)
+
+
+if __name__ == "__main__":
+    run(script, __doc__)

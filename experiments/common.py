@@ -1,0 +1,472 @@
+"""What every experiment stands on: scales, models, tasks, fine-tuning with a search, and results that are kept.
+
+    python experiments/table1.py --scale quick        # every script has these flags; -h lists them
+
+A scale says how much of everything there is. Its models are pre-trained with pmp.py where they are missing, one folder
+each; fine-tuning is glue.py's. Each finished run is a JSON line in experiments/results/SCALE/, and what has its line is
+not run again: stop a script when you like, start it twice to use two cores, start it again to draw its picture.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import pmp  # noqa: E402
+from data.pack import lock, prepare  # noqa: E402
+from data.sources import open_source  # noqa: E402
+from data.standin import write_standin  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from glue import (CACHE, TASKS, Settings, append_result, cell, encode_task, fetch, finetune, fit,  # noqa: E402
+                  learning_rate, prepare_model, read_results)
+from model import fingerprint, load_folder  # noqa: E402
+from pmp import Machine, MaskedAdamW, command_line, load_mask  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# scales
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything. Tasks: GLUE's, "standin/…" of the scale's own held-out text, and "docs" (see adapt)."""
+
+    pmp: dict  # flags of pmp.py that differ from the paper's run
+    tasks: tuple  # Table 1 and Figure 3
+    needy: tuple  # the tasks on which fine-tunability is tested: those that need pre-training
+    rows: int = None  # training rows of a task; None: all
+    select: int = 1000  # further training rows, which choose learning rate and epochs
+    rates: tuple = (0.3, 1.0, 3.0)  # searched, as multiples of glue.py's rate for the method and the model's width
+    epochs: tuple = (3, 6)  # searched; the first one with every rate
+    batch_size: int = 32
+    max_length: int = 128
+    text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
+    seeded_steps: int = 100  # stage II of the model whose theta(0) comes from a known seed
+
+
+LAPTOP = {"preset": "mini", "data": "slimpajama", "steps": 1500, "warmup": 100, "lr": 3e-3, "batch_size": 16,
+          "block_size": 256, "eb_steps": 50, "val_every": 250, "val_blocks": 256, "save_every": 250, "compile": "on"}
+GLUE = tuple(TASKS)
+SCALES = {
+    "quick": Scale({"preset": "mini", "data": "prose", "steps": 60, "warmup": 6, "lr": 3e-3, "eb_steps": 5},
+                   ("docs", "standin/sst2"), ("docs", "standin/sst2"), rows=64, select=64, rates=(1.0, 3.0),
+                   epochs=(1, 2), text_blocks=8, seeded_steps=5),
+    "laptop": Scale(LAPTOP, ("docs", "standin/qqp", "cola", "sst2", "rte"),
+                    ("docs", "standin/qqp"), rows=500, select=500, rates=(1.0, 4.0, 16.0),
+                    epochs=(2, 4), batch_size=16, max_length=96),
+    # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
+    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, GLUE, ("sst2", "qnli", "mnli")),
+    "paper": Scale({"preset": "tinyllama"}, GLUE, ("sst2", "qnli", "mnli")),
+}
+VARIANTS = {  # how the models of a scale are pre-trained
+    "dense": {"rho": 1.0}, "pmp": {"rho": 0.7}, "random": {"rho": 0.7, "mask": "random"},
+    "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
+    **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
+}
+SEEDS = {"dense": 3, "pmp": 3}  # pre-trainings of a variant; of the others 1
+
+
+def pairs(variant):
+    """The three (pre-training seed, fine-tuning seed) whose mean and spread are reported."""
+    return [(i % SEEDS.get(variant, 1), 1 + i) for i in range(3)]
+
+
+# -----------------------------------------------------------------------------
+# adversaries: ways to fine-tune a release
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What somebody does with a release. attacks.py has the determined ones."""
+
+    name: str
+    method: str = "full"  # of glue.py
+    settings: dict = field(default_factory=dict)  # of glue.Settings
+    authorised: bool = False  # has the mask
+    mask: object = None  # (lab, Release) -> the {name: bool mask} that he trains inside of
+    change: object = None  # (lab, Release, body) does something to the weights first
+    optimizer: object = MaskedAdamW
+    rate: float = 1.0  # what the learning rates are multiplied by
+    rates: tuple = None  # searched instead of the scale's
+    longer: int = 1  # what the epochs are multiplied by
+
+
+BASE, SCRATCH = Adversary("base", "base"), Adversary("scratch", "scratch", rates=(0.1, 0.3, 1.0))
+LORA, FULL = Adversary("lora", "lora"), Adversary("full")
+MASKED_LORA = Adversary("lora + mask", "lora", authorised=True)
+MASKED_FULL = Adversary("full + mask", authorised=True)
+
+
+@dataclass
+class Release:
+    """A pre-trained model: what everybody gets (body, tokenizer), and what its owner keeps (masks; None when dense)."""
+
+    variant: str
+    seed: int
+    out: Path
+    body: torch.nn.Module
+    tokenizer: Tokenizer
+    masks: dict
+
+    @cached_property
+    def weights(self):
+        """Their identity."""
+        return fingerprint(dict(self.body.named_parameters()))[:16]
+
+
+# -----------------------------------------------------------------------------
+# language modelling as a task
+
+
+@torch.no_grad()
+def next_token(model, blocks, machine, size=16):
+    """{"loss": nats, "accuracy": percent} of next-token prediction on blocks (N, T)."""
+    model.eval()
+    loss = right = 0.0
+    for idx in blocks.to(machine.device).split(size):
+        with machine.autocast():
+            logits = model(idx)[:, :-1].flatten(0, 1).float()  # (B*(T-1), V)
+        loss += float(F.cross_entropy(logits, idx[:, 1:].flatten(), reduction="sum"))
+        right += int((logits.argmax(1) == idx[:, 1:].flatten()).sum())
+    count = blocks[:, 1:].numel()
+    return {"loss": loss / count, "accuracy": 100 * right / count}
+
+
+def gradient(model, idx, machine):
+    """{name: gradient} of the language-modelling loss on idx (B, T); leaves none behind in the model."""
+    with machine.autocast():
+        loss = model(idx.to(machine.device), idx.to(machine.device))
+    loss.backward()
+    params = dict(model.named_parameters())
+    found = {name: p.grad for name, p in params.items()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def length(tensors):
+    """Euclidean norm of a {name: tensor}, as one vector."""
+    return float(torch.stack([tensor.detach().double().square().sum() for tensor in tensors.values()]).sum().sqrt())
+
+
+@torch.no_grad()
+def loss_beside(model, idx, direction, alphas):
+    """[loss(theta + alpha * direction) for each alpha], in fp32, on idx (B, T). direction: {name: tensor}."""
+    params, losses = dict(model.named_parameters()), []
+    before = {name: p.clone() for name, p in params.items()}
+    for alpha in alphas:
+        for name, p in params.items():
+            torch.add(before[name], direction[name], alpha=alpha, out=p)
+        losses.append(float(model(idx, idx)))
+    for name, p in params.items():
+        p.copy_(before[name])
+    return losses
+
+
+def adapt(body, data, method, seed, settings, machine, masks=None, make_optimizer=MaskedAdamW):
+    """Fine-tune on text of another domain; like glue.finetune, with blocks (N, T) of token ids for rows.
+
+    A task that certainly needs pre-training, and the nearest to the paper's definition of the gain (section 3), which
+    is a difference of language-modelling losses. The score is the accuracy of the next token on held-out text.
+    """
+    prepare_model(body, method, 1, masks, seed, settings)  # for its LoRA or random weights; it needs no classifier
+    params = {name: p for name, p in body.named_parameters() if p.requires_grad}
+    masks = masks and {name: masks[name] for name in params if name in masks}
+    train = data["train"][np.random.default_rng(seed).permutation(len(data["train"]))[: settings.limit]]
+    size = settings.batch_size // 4  # a block has about four times the tokens of a row
+
+    def batches(epoch):
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(train)))
+        return train[order].to(machine.device).split(size)
+
+    epochs = 0 if method == "base" else settings.epochs
+    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if epochs else None
+    history, step, diverged = fit(
+        body.to(machine.device), lambda idx: body(idx, idx), batches, epochs, optimizer,
+        settings.lr, settings.clip, machine,
+        lambda: next_token(body, data["dev"], machine))
+    best = max(history, key=lambda metrics: metrics["accuracy"])
+    return {"scores": {"docs": {"last": history[-1], "best": best}}, "updates": step, "diverged": diverged}, body
+
+
+# -----------------------------------------------------------------------------
+# the laboratory
+
+
+def hardware(machine=None):
+    """One line about this machine, for each result."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
+        name = names[0] if names else name
+    if machine and machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    kind = f" {machine.device.type} {machine.dtype}" if machine else ""
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads,{kind} torch {torch.__version__}"
+
+
+class Lab:
+    """One scale, its models and tasks, and the file of its fine-tuning runs."""
+
+    def __init__(self, args):
+        self.name, self.scale = args.scale, SCALES[args.scale]
+        flags = {**self.scale.pmp, **({"data": args.data} if args.data else {})}
+        self.flags, self.glue_dir = flags, args.glue_dir
+        self.work = Path(args.work) / args.scale
+        self.results = Path(args.results) / args.scale
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.machine = Machine(args.device)
+        self.releases, self.tasks, self.text_of, self.known = {}, {}, {}, {}
+
+    # ---- results
+
+    def path(self, name):
+        return self.results / name
+
+    def read(self, name):
+        """{key: result} of results/SCALE/NAME.jsonl, a key being the JSON of what identifies a run."""
+        return {key_of(result): result for result in read_results(self.path(name + ".jsonl"))}
+
+    def keep(self, name, result):
+        """Append a result, with the hardware that it was measured on."""
+        append_result(self.path(name + ".jsonl"), {**result, "hardware": hardware(self.machine)})
+        return result
+
+    def once(self, name, key, compute):
+        """The result of results/SCALE/NAME.jsonl with these entries; compute() gives the others where it is missing.
+
+        None when another process is at work on it.
+        """
+        if found := self.read(name).get(key_of({"key": key})):
+            return found
+        folder = self.work / "claims" / hashlib.sha256(f"{name} {key_of({'key': key})}".encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder) as mine:
+            if not mine:
+                return None
+            if found := self.read(name).get(key_of({"key": key})):  # it was finished a moment ago
+                return found
+            began = time.perf_counter()
+            result = {"key": key, **compute()}
+            result["seconds"] = round(time.perf_counter() - began, 1)
+            return self.keep(name, result)
+
+    # ---- models
+
+    def release(self, variant, seed=0):
+        """The Release of a variant; pre-trains it, or goes on with an interrupted run, where there is none."""
+        if (variant, seed) in self.releases:
+            return self.releases[variant, seed]
+        out = self.work / f"{variant}-{seed}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        while not (out / "release" / "model.safetensors").exists():
+            claim = self.work / "claims" / f"{variant}-{seed}"
+            claim.mkdir(parents=True, exist_ok=True)
+            with lock(claim) as mine:
+                if mine:
+                    self.pretrain(variant, seed, out)
+            if not mine:
+                print(f"another process is pre-training {out.name}", flush=True)
+                time.sleep(30)
+        body = load_folder(out / "release")
+        mask = out / "private" / "mask.safetensors"
+        masks = load_mask(mask, dict(body.named_parameters())) if mask.exists() else None
+        masks = masks and {name: m.to(self.machine.device) for name, m in masks.items()}
+        self.releases[variant, seed] = Release(variant, seed, out, body.to(self.machine.device),
+                                               Tokenizer.load(out / "release"), masks)
+        return self.releases[variant, seed]
+
+    def pretrain(self, variant, seed, out):
+        if (out / "private" / "run.json").exists():
+            return pmp.main(["--resume", str(out)])
+        flags = {**self.flags, **VARIANTS[variant], "seed": seed, "out": out}
+        if variant == "seeded":
+            flags |= {"steps": self.scale.seeded_steps, "warmup": 1, "val_every": self.scale.seeded_steps}
+        pmp.main([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
+
+    def log(self, variant, seed):
+        """The last line of a pre-training's log, with its validation loss."""
+        return json.loads((self.release(variant, seed).out / "log.jsonl").read_text().splitlines()[-1])
+
+    def text(self, seed=0):
+        """(train, validation) Blocks of the pre-training text, which is public."""
+        if seed not in self.text_of:
+            config = json.loads((self.release("pmp", seed).out / "private" / "run.json").read_bytes())["config"]
+            tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
+            _, *self.text_of[seed] = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
+                                             shuffle_buffer=config["shuffle_buffer"])
+            self.block_size = config["block_size"]
+        return self.text_of[seed]
+
+    def held_out(self):
+        """Held-out text, (N, T) token ids on the device, the same for every model of the scale."""
+        validation = self.text()[1]
+        count = min(self.scale.text_blocks, validation.n_blocks(self.block_size))
+        return validation.batch(0, count, self.block_size).to(self.machine.device)
+
+    # ---- tasks
+
+    def task(self, name, tokenizer):
+        """{"train", "dev"…: rows, "select": further training rows} of a task, encoded."""
+        if name in self.tasks:
+            return self.tasks[name]
+        if name == "docs":
+            data = self.docs(tokenizer)
+        elif name.startswith("standin/"):
+            data = encode_task(name.partition("/")[2], self.standin(), tokenizer, self.scale.max_length)
+        else:
+            folder = self.glue_dir or CACHE
+            if not self.glue_dir:
+                fetch(name, folder)
+            data = encode_task(name, folder, tokenizer, self.scale.max_length)
+        order = np.random.default_rng(0).permutation(len(data["train"]))
+        chosen, others = order[: self.scale.select], order[self.scale.select :]
+        take = (lambda rows: data["train"][rows]) if name == "docs" else (lambda rows: [data["train"][i] for i in rows])
+        self.tasks[name] = {**data, "train": take(others), "select": take(chosen)}
+        return self.tasks[name]
+
+    def standin(self):
+        """Stand-in tasks made of the documents that pre-training holds out."""
+        folder, rows = self.work / "standin", (self.scale.rows or 3000) + self.scale.select
+        if not (folder / "done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_standin(folder, [text for _, text in open_source(self.flags["data"]).documents("validation")],
+                          train=2 * rows, dev=500)
+            (folder / "done").touch()
+        return folder
+
+    def docs(self, tokenizer, length=128, most=4000, dev=128):
+        """Documentation of Python, numpy and torch in blocks of 128 tokens: another domain than web text."""
+        blocks = {}
+        for split, count in (("train", most), ("validation", dev)):
+            ids = []
+            for _, text in open_source("prose").documents(split):
+                ids += tokenizer.encode(text) + [tokenizer.eos]
+                if len(ids) >= count * length:
+                    break
+            blocks[split] = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+        return {"train": blocks["train"], "dev": blocks["validation"]}
+
+    # ---- fine-tuning
+
+    def tune(self, variant, pair, task, adversary, rate, epochs, on="dev"):
+        """One fine-tuning run of an Adversary, on "dev", or on "select" during a search; None if others are at it."""
+        seed, tuning_seed = pair
+        key = {"model": variant, "pretrain_seed": seed, "task": task, "adversary": adversary.name, "seed": tuning_seed,
+               "rate": rate, "epochs": epochs, "on": on}
+        return self.once("finetune", key, lambda: self.compute(variant, pair, task, adversary, rate, epochs, on))
+
+    def compute(self, variant, pair, task, adversary, rate, epochs, on):
+        release = self.release(variant, pair[0])
+        data = self.task(task, release.tokenizer)
+        if on == "select":
+            data = {"train": data["train"], **{split: data["select"] for split in data if split.startswith("dev")}}
+        width = release.body.embedding().weight.size(1)
+        settings = Settings(**{"lr": rate * adversary.rate * learning_rate(adversary.method, width) or None,
+                               "epochs": epochs, "batch_size": self.scale.batch_size, "limit": self.scale.rows,
+                               "max_length": self.scale.max_length, **adversary.settings})
+        if task == "docs" and self.scale.rows:
+            settings = replace(settings, limit=self.scale.rows // 4)
+        body = copy.deepcopy(release.body)
+        if adversary.change:
+            adversary.change(self, release, body)
+        masks = release.masks if adversary.authorised else adversary.mask and adversary.mask(self, release)
+        train = adapt if task == "docs" else lambda body, data, *rest: finetune(
+            body, task.rpartition("/")[2], data, *rest[:4], masks=rest[4], make_optimizer=rest[5])
+        outcome, _ = train(body, data, adversary.method, pair[1], settings, self.machine, masks, adversary.optimizer)
+        print(f"{variant}-{pair[0]} {task} {adversary.name} seed {pair[1]} rate {rate:g} epochs {epochs} {on}: "
+              f"{accuracy(outcome):.2f}{' DIVERGED' if outcome['diverged'] else ''}", flush=True)
+        return {**outcome, "weights": release.weights, "lr": settings.lr}
+
+    def search(self, variant, task, adversary):
+        """(rate, epochs) that do best on the rows kept for it: each rate with the fewest epochs, then the best rate
+        with more; with a seed that no reported run has. None if others are at it."""
+        if adversary.method == "base":
+            return 0.0, 0
+        epochs = [adversary.longer * number for number in self.scale.epochs]
+        tried = {}
+        for rate in adversary.rates or self.scale.rates:
+            tried[rate, epochs[0]] = self.tune(variant, (0, 0), task, adversary, rate, epochs[0], "select")
+        if None in tried.values():
+            return None
+        best = max(tried, key=lambda choice: accuracy(tried[choice]))[0]
+        for more in epochs[1:]:
+            tried[best, more] = self.tune(variant, (0, 0), task, adversary, best, more, "select")
+        if None in tried.values():
+            return None
+        return max(tried, key=lambda choice: accuracy(tried[choice]))
+
+    def scores(self, variant, task, adversary, count=3, column=None):
+        """The accuracies of an adversary at the setting that his search chose, over `count` pairs of seeds.
+
+        Runs what is missing; shorter than `count` while another process is at work on it.
+        """
+        if not (choice := self.search(variant, task, adversary)):
+            return []
+        runs = [self.tune(variant, pair, task, adversary, *choice) for pair in pairs(variant)[:count]]
+        return [accuracy(run, column) for run in runs if run]
+
+
+def key_of(result):
+    return json.dumps(result["key"], sort_keys=True)
+
+
+def columns(task):
+    """The columns of a table that a task fills: two for MNLI."""
+    return ("docs",) if task == "docs" else TASKS[task.rpartition("/")[2]].columns
+
+
+def accuracy(outcome, column=None):
+    """Percent, at the last epoch, of one column, or the mean over the columns of a task."""
+    return float(np.mean([scores["last"]["accuracy"] for name, scores in outcome["scores"].items()
+                          if column in (None, name)]))
+
+
+# -----------------------------------------------------------------------------
+# tables, and the command line of each script
+
+
+def mean_sd(values):
+    """"68.36 ±0.41" as in glue.py's table."""
+    return cell(dict(enumerate(values)))
+
+
+def markdown(header, rows):
+    """A table as README has it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def picture(lab, name, figure):
+    """Save a matplotlib figure beside the results."""
+    figure.tight_layout()
+    figure.savefig(lab.path(name + ".png"), dpi=120)
+    print(f"drawn: {lab.path(name + '.png')}")
+
+
+def run(script, doc):
+    """The command line of a script: script(Lab) does the work and prints its table."""
+    def main(argv=None):
+        parser = pmp.Parser(description=doc.split("\n")[0], allow_abbrev=False,
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything")
+        parser.add_argument("--data", help="pre-training text as for pmp.py, instead of the scale's")
+        parser.add_argument("--glue-dir", help="folder with GLUE's TSVs; default: download")
+        parser.add_argument("--work", default=str(HERE.parent / "out-experiments"), help="where models and masks stay")
+        parser.add_argument("--results", default=str(HERE / "results"), help="where the numbers and pictures go")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+        lab = Lab(parser.parse_args(argv))
+        print("\n" + script(lab))
+    command_line(main)
