@@ -26,6 +26,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import pmp  # noqa: E402
+from data import UserError  # noqa: E402
 from data.pack import lock, prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402
 from data.standin import write_standin  # noqa: E402
@@ -67,14 +68,16 @@ SCALES = {
                     ("docs", "standin/qqp"), rows=500, select=500, rates=(1.0, 4.0, 16.0),
                     epochs=(2, 4), batch_size=16, max_length=96),
     # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
-    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, GLUE, ("sst2", "qnli", "mnli")),
-    "paper": Scale({"preset": "tinyllama"}, GLUE, ("sst2", "qnli", "mnli")),
+    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, GLUE, ("qnli", "sst2", "mnli")),
+    "paper": Scale({"preset": "tinyllama"}, GLUE, ("qnli", "sst2", "mnli")),
 }
 VARIANTS = {  # how the models of a scale are pre-trained
     "dense": {"rho": 1.0}, "pmp": {"rho": 0.7}, "random": {"rho": 0.7, "mask": "random"},
     "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
     **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
 }
+RATIOS = {1.0: "dense", 0.9: "rho0.9", 0.8: "rho0.8", 0.7: "pmp", 0.6: "rho0.6", 0.5: "rho0.5"}  # Figure 4
+EPOCHS = (1, 2, 3, 5, 10)
 SEEDS = {"dense": 3, "pmp": 3}  # pre-trainings of a variant; of the others 1
 
 
@@ -103,7 +106,7 @@ class Adversary:
     longer: int = 1  # what the epochs are multiplied by
 
 
-BASE, SCRATCH = Adversary("base", "base"), Adversary("scratch", "scratch", rates=(0.1, 0.3, 1.0))
+BASE, SCRATCH = Adversary("base", "base"), Adversary("scratch", "scratch", rates=(0.3, 1.0, 3.0))
 LORA, FULL = Adversary("lora", "lora"), Adversary("full")
 MASKED_LORA = Adversary("lora + mask", "lora", authorised=True)
 MASKED_FULL = Adversary("full + mask", authorised=True)
@@ -225,10 +228,13 @@ class Lab:
         flags = {**self.scale.pmp, **({"data": args.data} if args.data else {})}
         self.flags, self.glue_dir = flags, args.glue_dir
         self.work = Path(args.work) / args.scale
+        self.machine = Machine(args.device)
         self.results = Path(args.results) / args.scale
         self.results.mkdir(parents=True, exist_ok=True)
-        self.machine = Machine(args.device)
-        self.releases, self.tasks, self.text_of, self.known = {}, {}, {}, {}
+        for path in self.results.glob("*.jsonl"):
+            read_results(path)  # drops a last line that a kill has torn
+        self.device, self.missed = args.device, 0
+        self.releases, self.tasks, self.known = {}, {}, {}
 
     # ---- results
 
@@ -237,7 +243,9 @@ class Lab:
 
     def read(self, name):
         """{key: result} of results/SCALE/NAME.jsonl, a key being the JSON of what identifies a run."""
-        return {key_of(result): result for result in read_results(self.path(name + ".jsonl"))}
+        path = self.path(name + ".jsonl")
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # another process may be writing
+        return {key_of(result): result for result in map(json.loads, whole.splitlines())}
 
     def keep(self, name, result):
         """Append a result, with the hardware that it was measured on."""
@@ -255,6 +263,7 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder) as mine:
             if not mine:
+                self.missed += 1
                 return None
             if found := self.read(name).get(key_of({"key": key})):  # it was finished a moment ago
                 return found
@@ -275,7 +284,7 @@ class Lab:
             claim = self.work / "claims" / f"{variant}-{seed}"
             claim.mkdir(parents=True, exist_ok=True)
             with lock(claim) as mine:
-                if mine:
+                if mine and not (out / "release" / "model.safetensors").exists():
                     self.pretrain(variant, seed, out)
             if not mine:
                 print(f"another process is pre-training {out.name}", flush=True)
@@ -286,35 +295,55 @@ class Lab:
         masks = masks and {name: m.to(self.machine.device) for name, m in masks.items()}
         self.releases[variant, seed] = Release(variant, seed, out, body.to(self.machine.device),
                                                Tokenizer.load(out / "release"), masks)
+        self.recognise(self.releases[variant, seed])
         return self.releases[variant, seed]
+
+    def recognise(self, release):
+        """Refuse weights of which the results do not speak: each pre-training has a secret, hence a mask, of its own."""
+        key = {"model": release.variant, "pretrain_seed": release.seed}
+        known = self.read("models").get(key_of({"key": key}))
+        if not known:
+            config = json.loads((release.out / "private" / "run.json").read_bytes())["config"]
+            last = json.loads((release.out / "log.jsonl").read_text().splitlines()[-1])
+            settings = {name: config[name] for name in config if name not in ("out", "cache", "data")}
+            known = self.keep("models", {"key": key, "weights": release.weights, "val_loss": last["val_loss"],
+                                         "data": Path(config["data"]).name, "settings": settings})
+        if known["weights"] != release.weights:
+            raise UserError(f"{release.out} is not the model that {self.results} is about: name another --results")
 
     def pretrain(self, variant, seed, out):
         if (out / "private" / "run.json").exists():
-            return pmp.main(["--resume", str(out)])
-        flags = {**self.flags, **VARIANTS[variant], "seed": seed, "out": out}
+            return pmp.main(["--resume", str(out), "--device", self.device])
+        flags = {**self.flags, **VARIANTS[variant], "seed": seed, "out": out, "device": self.device}
         if variant == "seeded":
             flags |= {"steps": self.scale.seeded_steps, "warmup": 1, "val_every": self.scale.seeded_steps}
         pmp.main([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
 
-    def log(self, variant, seed):
-        """The last line of a pre-training's log, with its validation loss."""
-        return json.loads((self.release(variant, seed).out / "log.jsonl").read_text().splitlines()[-1])
+    @cached_property
+    def text(self):
+        """(train Blocks, validation Blocks, block size) of the pre-training text, which is public."""
+        config = json.loads((self.release("pmp").out / "private" / "run.json").read_bytes())["config"]
+        tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
+        _, train, validation = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
+                                       shuffle_buffer=config["shuffle_buffer"])
+        return train, validation, config["block_size"]
 
-    def text(self, seed=0):
-        """(train, validation) Blocks of the pre-training text, which is public."""
-        if seed not in self.text_of:
-            config = json.loads((self.release("pmp", seed).out / "private" / "run.json").read_bytes())["config"]
-            tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
-            _, *self.text_of[seed] = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
-                                             shuffle_buffer=config["shuffle_buffer"])
-            self.block_size = config["block_size"]
-        return self.text_of[seed]
+    def public(self, index):
+        """Batch `index` of the public text, (16, T) token ids on the device."""
+        train, _, size = self.text
+        return train.batch(index, 16, size).to(self.machine.device)
 
     def held_out(self):
         """Held-out text, (N, T) token ids on the device, the same for every model of the scale."""
-        validation = self.text()[1]
-        count = min(self.scale.text_blocks, validation.n_blocks(self.block_size))
-        return validation.batch(0, count, self.block_size).to(self.machine.device)
+        _, validation, size = self.text
+        count = min(self.scale.text_blocks, validation.n_blocks(size))
+        return validation.batch(0, count, size).to(self.machine.device)
+
+    def losses(self, variant):
+        """Held-out loss in nats of each pre-training of a variant."""
+        found = [self.once("text_loss", {"model": variant, "pretrain_seed": seed}, lambda: next_token(
+            self.release(variant, seed).body, self.held_out(), self.machine)) for seed in range(SEEDS.get(variant, 1))]
+        return [result["loss"] for result in found if result]
 
     # ---- tasks
 
@@ -333,6 +362,8 @@ class Lab:
             data = encode_task(name, folder, tokenizer, self.scale.max_length)
         order = np.random.default_rng(0).permutation(len(data["train"]))
         chosen, others = order[: self.scale.select], order[self.scale.select :]
+        if name == "docs":  # a block has about four times the tokens of a row
+            chosen = chosen[: self.scale.select // 4]
         take = (lambda rows: data["train"][rows]) if name == "docs" else (lambda rows: [data["train"][i] for i in rows])
         self.tasks[name] = {**data, "train": take(others), "select": take(chosen)}
         return self.tasks[name]
@@ -391,17 +422,24 @@ class Lab:
         return {**outcome, "weights": release.weights, "lr": settings.lr}
 
     def search(self, variant, task, adversary):
-        """(rate, epochs) that do best on the rows kept for it: each rate with the fewest epochs, then the best rate
-        with more; with a seed that no reported run has. None if others are at it."""
+        """(rate, epochs) that do best on the rows kept for it, with a seed that no reported run has.
+
+        Each rate with the fewest epochs; further ones, twice at most, while the best is the largest; then the best with
+        more epochs. None if others are at it.
+        """
         if adversary.method == "base":
             return 0.0, 0
         epochs = [adversary.longer * number for number in self.scale.epochs]
         tried = {}
-        for rate in adversary.rates or self.scale.rates:
+        rates = list(adversary.rates or self.scale.rates)
+        most = rates[-1] * (rates[-1] / rates[-2]) ** 2
+        for rate in rates:  # which grows
             tried[rate, epochs[0]] = self.tune(variant, (0, 0), task, adversary, rate, epochs[0], "select")
-        if None in tried.values():
-            return None
-        best = max(tried, key=lambda choice: accuracy(tried[choice]))[0]
+            if None in tried.values():
+                return None
+            best = max(tried, key=lambda choice: accuracy(tried[choice]))[0]
+            if rate == rates[-1] == best < most:
+                rates.append(rate * rates[-1] / rates[-2])
         for more in epochs[1:]:
             tried[best, more] = self.tune(variant, (0, 0), task, adversary, best, more, "select")
         if None in tried.values():
@@ -456,17 +494,27 @@ def picture(lab, name, figure):
     print(f"drawn: {lab.path(name + '.png')}")
 
 
-def run(script, doc):
-    """The command line of a script: script(Lab) does the work and prints its table."""
-    def main(argv=None):
-        parser = pmp.Parser(description=doc.split("\n")[0], allow_abbrev=False,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything")
-        parser.add_argument("--data", help="pre-training text as for pmp.py, instead of the scale's")
-        parser.add_argument("--glue-dir", help="folder with GLUE's TSVs; default: download")
-        parser.add_argument("--work", default=str(HERE.parent / "out-experiments"), help="where models and masks stay")
-        parser.add_argument("--results", default=str(HERE / "results"), help="where the numbers and pictures go")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
-        lab = Lab(parser.parse_args(argv))
-        print("\n" + script(lab))
+def parse(argv, doc):
+    parser = pmp.Parser(description=doc.split("\n")[0], allow_abbrev=False,
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything")
+    parser.add_argument("--data", help="pre-training text as for pmp.py, instead of the scale's")
+    parser.add_argument("--glue-dir", help="folder with GLUE's TSVs; default: download")
+    parser.add_argument("--work", default=str(HERE.parent / "out-experiments"), help="where models and masks stay")
+    parser.add_argument("--results", default=str(HERE / "results"), help="where the numbers and pictures go")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    return parser.parse_args(argv)
+
+
+def run(script, doc, argv=None):
+    """The command line of a script: script(lab) does the work and returns the text of its tables."""
+    def main():
+        lab = Lab(parse(argv, doc))
+        try:
+            print("\n" + script(lab))
+        except (LookupError, ValueError, TypeError):
+            if lab.missed:  # there was too little for a table
+                raise UserError(f"another process is at work on {lab.missed} of the runs: start this again when it is "
+                                "done") from None
+            raise
     command_line(main)

@@ -11,23 +11,16 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import BASE, FULL, SCRATCH, SEEDS, markdown, mean_sd, next_token, picture, run
+from common import BASE, FULL, SCRATCH, markdown, mean_sd, picture, run
 
 VARIANTS = {"dense": "no mask", "pmp": "EarlyBird", "mean": "EarlyBird, mean score", "random": "random mask"}
-
-
-def losses(lab, variant):
-    """Held-out loss in nats of each pre-training of a variant."""
-    found = [lab.once("text_loss", {"model": variant, "pretrain_seed": seed}, lambda: next_token(
-        lab.release(variant, seed).body, lab.held_out(), lab.machine)) for seed in range(SEEDS.get(variant, 1))]
-    return [result["loss"] for result in found if result]
 
 
 def script(lab):
     tasks = lab.scale.needy
     rows, scores = [], {}
     for variant, label in VARIANTS.items():
-        loss = losses(lab, variant)
+        loss = lab.losses(variant)
         for adversary in (BASE, FULL):
             for task in tasks:
                 scores[variant, adversary.name, task] = lab.scores(variant, task, adversary)

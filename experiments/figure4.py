@@ -9,11 +9,7 @@ own search. Middle and right: full fine-tuning of the dense and the PMP model, t
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import BASE, FULL, SCRATCH, accuracy, markdown, mean_sd, pairs, picture, run
-
-RATIOS = {1.0: "dense", 0.9: "rho0.9", 0.8: "rho0.8", 0.7: "pmp", 0.6: "rho0.6", 0.5: "rho0.5"}
-EPOCHS = (1, 2, 3, 5, 10)
-
+from common import BASE, EPOCHS, FULL, RATIOS, SCRATCH, accuracy, markdown, mean_sd, pairs, picture, run
 
 def at(lab, variant, rate, epochs):
     """Accuracies on the first needy task at a given setting, for each pair of seeds."""
