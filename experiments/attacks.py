@@ -356,39 +356,35 @@ def recoveries(lab):
     return f"{markdown(['guess at the mask', 'AUC (chance 0.50)', levels], rows)}\n\n{note}"
 
 
-def means(lab, variant, adversary, count, tasks):
-    """{task: mean accuracy} over `count` pairs of seeds, nan where others are at work."""
-    return {task: np.mean(lab.scores(variant, task, adversary, count) or [np.nan]) for task in tasks}
-
-
-def regained(lab, variant, adversary, count, tasks):
-    """How much of the dense model's gain over a random initialisation, in %, the mean over tasks."""
-    own, dense, scratch = (means(lab, model, arm, count, tasks) for model, arm in (
+def regained(lab, variant, adversary, count):
+    """How much of the dense model's gain over a random initialisation, in %, on the first task that needs pre-training:
+    the mean over `count` pairs of seeds, nan where another process is at work on them."""
+    own, dense, scratch = (np.mean(lab.scores(model, lab.scale.needy[0], arm, count) or [np.nan]) for model, arm in (
         (variant, adversary), ("dense", FULL), ("dense", SCRATCH)))
-    return 100 * np.mean([(own[task] - scratch[task]) / (dense[task] - scratch[task]) for task in tasks])
+    return 100 * (own - scratch) / (dense - scratch)
 
 
 def adaptations(lab):
-    """The table of adversaries: all on the first task with one seed, then the ten strongest, and the references, on all
-    tasks with three; the strongest of many is flattered by the first of these measurements, not by the second."""
-    first, outsiders = lab.scale.needy[:1], PLAIN + SUSPICIOUS
-    once = {adversary.name: regained(lab, "pmp", adversary, 1, first) for adversary in outsiders}
-    control = {adversary.name: f"{regained(lab, 'dense', adversary, 1, first):.0f}" for adversary in PLAIN}
+    """The table of adversaries: all with one seed, then the ten strongest, and the references, with three. The
+    strongest of many is flattered by the first of these measurements, not by the second."""
+    outsiders = PLAIN + SUSPICIOUS
+    once = {adversary.name: regained(lab, "pmp", adversary, 1) for adversary in outsiders}
     strongest = sorted(once, key=lambda name: -np.nan_to_num(once[name], nan=-np.inf))[:10]
     references = [("dense", FULL, "dense model, full (= 100)"), ("dense", SCRATCH, "random weights (= 0)"),
                   ("pmp", MASKED_FULL, "authorised, full"), ("pmp", BASE, "released, untouched")]
+    control = {adversary.name: f"{regained(lab, 'dense', adversary, 1):.0f}" for adversary in PLAIN
+               if adversary.name in strongest or adversary in (FULL, LORA)}
     rows = []
     for variant, adversary, label in references + [("pmp", adversary, adversary.name) for adversary in outsiders]:
-        share = regained(lab, variant, adversary, 1, first)
-        thorough = adversary.name in strongest or adversary not in outsiders or adversary is FULL
-        again = [f"{regained(lab, variant, adversary, 3, lab.scale.needy):.0f}",
-                 *(mean_sd(lab.scores(variant, task, adversary)) for task in lab.scale.needy)] if thorough else []
-        again += [""] * (1 + len(lab.scale.needy) - len(again))
+        share = regained(lab, variant, adversary, 1)
+        again = ["", ""]
+        if adversary.name in strongest or adversary not in outsiders or adversary is FULL:
+            scores = lab.scores(variant, lab.scale.needy[0], adversary)
+            again = [f"{regained(lab, variant, adversary, 3):.0f}", mean_sd(scores)]
         rows.append((share, [label, f"{share:.0f}", control.get(label, ""), *again]))
     rows.sort(key=lambda row: -np.nan_to_num(row[0], nan=-np.inf))
-    return markdown(["adversary", f"% regained ({first[0]}, one seed)", "the same on the dense model",
-                     "% regained (all tasks, three seeds)", *(f"accuracy: {task}" for task in lab.scale.needy)],
-                    [row for _, row in rows])
+    return markdown(["adversary", "% regained, one seed", "the same on the dense model", "% regained, three seeds",
+                     f"accuracy: {lab.scale.needy[0]}"], [row for _, row in rows])
 
 
 def script(lab):

@@ -9,7 +9,6 @@ line goes to experiments/results/bench.jsonl. Where transformers is installed, t
 import argparse
 import copy
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from common import hardware  # noqa: E402
 from model import PRESETS, build, config_to_dict, initialise  # noqa: E402
 from pmp import Config, Machine, MaskedAdamW, random_mask, topk_mask  # noqa: E402
 
@@ -54,7 +54,8 @@ def transformers_trainer(config, batch):
         import transformers
     except ImportError:
         return None
-    values = {key: value for key, value in config_to_dict(config).items() if key not in ("architectures", "torch_dtype")}
+    given = config_to_dict(config).items()
+    values = {key: value for key, value in given if key not in ("architectures", "torch_dtype")}
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).to(batch.device)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
 
@@ -157,13 +158,15 @@ def main():
     ticket = early_bird(args.entries, 3, machine.device)
     result = {
         "preset": args.preset, "parameters": d, "tokens_per_update": tokens, "device": str(machine.device),
-        "dtype": machine.dtype, "compile_note": compiled_works, "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds,
+        "dtype": machine.dtype, "compile_note": compiled_works, "hardware": hardware(machine),
+        "rounds": args.rounds,
         "tokens_per_s": {name: round(tokens / value) for name, value in median.items()},
-        "spread": {name: [round(tokens / max(values)), round(tokens / min(values))] for name, values in seconds.items()},
+        "spread": {name: [round(tokens / max(values)), round(tokens / min(values))]
+                   for name, values in seconds.items()},
         "masked_over_dense_time": round(median["masked"] / median["dense"], 4),
         "matmul_gflops": round(rate / 1e9),
-        "mfu": {name: round(flops_per_token(dense, config) * tokens / value / rate, 3) for name, value in median.items()},
+        "mfu": {name: round(flops_per_token(dense, config) * tokens / value / rate, 3)
+                for name, value in median.items()},
         "bytes_per_parameter": {kind: json.loads(subprocess.run(
             [sys.executable, __file__, "--preset", args.preset, "--memory", kind], capture_output=True, text=True,
             check=True).stdout) for kind in ("dense", "masked")},

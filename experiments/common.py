@@ -299,7 +299,7 @@ class Lab:
         return self.releases[variant, seed]
 
     def recognise(self, release):
-        """Refuse weights of which the results do not speak: each pre-training has a secret, hence a mask, of its own."""
+        """Refuse weights that the results are not about: each pre-training has a secret, hence a mask, of its own."""
         key = {"model": release.variant, "pretrain_seed": release.seed}
         known = self.read("models").get(key_of({"key": key}))
         if not known:
@@ -309,7 +309,7 @@ class Lab:
             known = self.keep("models", {"key": key, "weights": release.weights, "val_loss": last["val_loss"],
                                          "data": Path(config["data"]).name, "settings": settings})
         if known["weights"] != release.weights:
-            raise UserError(f"{release.out} is not the model that {self.results} is about: name another --results")
+            raise UserError(f"{release.out} is not the model of the results in {self.results}: name other --results")
 
     def pretrain(self, variant, seed, out):
         if (out / "private" / "run.json").exists():
@@ -485,6 +485,15 @@ def markdown(header, rows):
     """A table as README has it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def subplots(*args, **kwargs):
+    """matplotlib's, which the pictures alone need."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install matplotlib, then start this again") from None
+    return matplotlib.pyplot.subplots(*args, **kwargs)
 
 
 def picture(lab, name, figure):

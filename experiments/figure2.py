@@ -8,10 +8,9 @@ Added: the pre-training loss on held-out text, and the ticket of `--score mean`,
 
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from common import BASE, FULL, SCRATCH, markdown, mean_sd, picture, run
+from common import BASE, FULL, SCRATCH, markdown, mean_sd, picture, run, subplots
 
 VARIANTS = {"dense": "no mask", "pmp": "EarlyBird", "mean": "EarlyBird, mean score", "random": "random mask"}
 
@@ -29,7 +28,7 @@ def script(lab):
     rows.append(["from random weights", "", "", *[""] * len(tasks),
                  *(mean_sd(lab.scores("dense", task, SCRATCH)) for task in tasks)])
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, kind in zip(axes, ("base", "full")):
         for i, (variant, label) in enumerate(VARIANTS.items()):
             values = [scores[variant, kind, task] for task in tasks]

@@ -3,10 +3,9 @@
     python experiments/figure3.py --scale laptop
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from common import FULL, LORA, MASKED_FULL, MASKED_LORA, SCRATCH, markdown, mean_sd, picture, run
+from common import FULL, LORA, MASKED_FULL, MASKED_LORA, SCRATCH, markdown, mean_sd, picture, run, subplots
 
 ARMS = [("outsider, full", "pmp", FULL), ("authorised, full", "pmp", MASKED_FULL), ("outsider, LoRA", "pmp", LORA),
         ("authorised, LoRA", "pmp", MASKED_LORA), ("dense model, full", "dense", FULL),
@@ -16,7 +15,7 @@ ARMS = [("outsider, full", "pmp", FULL), ("authorised, full", "pmp", MASKED_FULL
 def script(lab):
     tasks = lab.scale.tasks
     scores = {label: [lab.scores(variant, task, adversary) for task in tasks] for label, variant, adversary in ARMS}
-    figure, axis = plt.subplots(figsize=(9, 3.5))
+    figure, axis = subplots(figsize=(9, 3.5))
     for i, (label, values) in enumerate(scores.items()):
         axis.bar(np.arange(len(tasks)) + 0.14 * i, [np.mean(v) for v in values], 0.13, label=label,
                  yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])

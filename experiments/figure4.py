@@ -6,10 +6,9 @@ On the first task that needs pre-training. Left: the released and the fine-tuned
 own search. Middle and right: full fine-tuning of the dense and the PMP model, the other setting fixed, no search.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from common import BASE, EPOCHS, FULL, RATIOS, SCRATCH, accuracy, markdown, mean_sd, pairs, picture, run
+from common import BASE, EPOCHS, FULL, RATIOS, SCRATCH, accuracy, markdown, mean_sd, pairs, picture, run, subplots
 
 def at(lab, variant, rate, epochs):
     """Accuracies on the first needy task at a given setting, for each pair of seeds."""
@@ -28,7 +27,7 @@ def script(lab):
     panels["epochs"] = {label: {epochs: at(lab, variant, middle, epochs) for epochs in EPOCHS}
                         for label, variant in (("without PMP", "dense"), ("PMP", "pmp"))}
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2))
+    figure, axes = subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2))
     text = []
     for axis, (name, lines) in zip(axes, panels.items()):
         for label, points in lines.items():

@@ -8,11 +8,10 @@ d^T H d of each unit direction is a finite difference. The control is the dense 
 its landscape has the same shape, PMP has not made it.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common import gradient, length, loss_beside, markdown, mean_sd, picture, run
+from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, subplots
 
 ALPHAS = [-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3]
 DIRECTIONS, STEP = 5, 0.02  # STEP, times the norm of the weights: of the finite difference
@@ -50,7 +49,7 @@ def script(lab):
     found = {(variant, seed): lab.once("landscape", {"model": variant, "pretrain_seed": seed},
                                        lambda: measure(lab, variant, seed))
              for variant in ("pmp", "dense") for seed in range(3)}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = []
     for axis, variant in zip(axes, ("pmp", "dense")):
         results = [found[variant, seed] for seed in range(3) if found[variant, seed]]

@@ -6,12 +6,11 @@ The overlap is an AUC: 0.5 when a parameter's gradient says nothing about the ma
 the dense model with the mask of the PMP model: what shows there too is the architecture's and the data's doing.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from attacks import auc
-from common import gradient, markdown, mean_sd, picture, run
+from common import gradient, markdown, mean_sd, picture, run, subplots
 
 BINS = np.linspace(-12, 0, 61)  # of log10 |gradient|
 
@@ -33,7 +32,7 @@ def script(lab):
     found = {(variant, seed): lab.once("gradients", {"model": variant, "pretrain_seed": seed},
                                        lambda: measure(lab, variant, seed))
              for variant in ("pmp", "dense") for seed in range(3)}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
     rows = []
     for axis, variant in zip(axes, ("pmp", "dense")):
         results = [found[variant, seed] for seed in range(3) if found[variant, seed]]

@@ -7,10 +7,9 @@ and the complement's part alone; with the same learning rate, as eq. 8 has it, a
 says that the outsider's step raises the loss on the pre-training text, by at least c eta^2. Control: the dense model.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from common import gradient, length, loss_beside, markdown, mean_sd, picture, run
+from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, subplots
 
 SIZES = [0.001, 0.003, 0.01, 0.03, 0.1]  # length of the outsider's step over the norm of the weights
 BATCHES = 5
@@ -40,7 +39,7 @@ def script(lab):
     found = {(variant, seed): lab.once("one_step", {"model": variant, "pretrain_seed": seed},
                                        lambda: measure(lab, variant, seed))
              for variant in ("pmp", "dense") for seed in range(3)}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = []
     for axis, variant in zip(axes, ("pmp", "dense")):
         results = [found[variant, seed]["change"] for seed in range(3) if found[variant, seed]]

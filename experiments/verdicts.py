@@ -108,7 +108,7 @@ def geometry(lab):
         excess = [interval(mean[variant, "complement"] - mean[variant, "ticket"]) for variant in of]
         rows.append([f"the loss curves more in the complement than in the ticket (Assumption 1), {kind} directions",
                      spell([interval(mean["pmp", place]) for place in ("complement", "ticket")],
-                           ("complement", "ticket"), "") + f"; excess in the dense model, same mask: {excess[1][0]:.2g}",
+                           ("complement", "ticket"), "") + f"; excess in the dense model: {excess[1][0]:.2g}",
                      judge(excess[:1])])
     change = {(variant, arm): np.array([1e3 * np.mean(result["change"][arm], 0) for result in step
                                         if result["key"]["model"] == variant])  # (models, sizes), thousandths of a nat
@@ -140,7 +140,8 @@ def script(lab):
     epochs = [(lab.scale.rates[len(lab.scale.rates) // 2], number) for number in EPOCHS]
     rows = [
         *capability(lab),
-        compare(lab, "full fine-tuning without the mask gains less than on the dense model (4.2)", dense, outsider, TENTH),
+        compare(lab, "full fine-tuning without the mask gains less than on the dense model (4.2)", dense, outsider,
+                TENTH),
         compare(lab, "so does LoRA (4.2)", ("dense", LORA), ("pmp", LORA), TENTH),
         compare(lab, "authorised fine-tuning beats the outsider's (4.3)", ("pmp", MASKED_FULL), outsider),
         compare(lab, "a random mask protects less than the EarlyBird ticket (4.4)", ("random", FULL), outsider),
