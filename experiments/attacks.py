@@ -82,7 +82,7 @@ def rehearsal_score(lab, release, steps=50, batches=5):
     weight of the release enters, so what it finds is what any ticket of this architecture and text has in common."""
     body = copy.deepcopy(release.body)
     initialise(body, b"the outsider's own")
-    continue_pretraining(lab, release, body, steps)
+    train_on_public_text(lab, body, steps)
     return added_gradients(lab, body, batches)
 
 
@@ -256,15 +256,26 @@ def only(*parts):
     return other(ADAMW, lambda name, height: float("head" in name or any(part in name for part in parts)))
 
 
-def continue_pretraining(lab, release, body, updates, masks=None):
-    """Train on the public text again, before fine-tuning; inside a suspected ticket where masks says so."""
-    optimizer = MaskedAdamW(dict(body.named_parameters()), masks and masks(lab, release), 0.0)
+def train_on_public_text(lab, body, updates, masks=None):
+    optimizer = MaskedAdamW(dict(body.named_parameters()), masks, 0.0)
 
     def loss(index):
         idx = lab.public(index)
         return body(idx, idx)
     fit(body, loss, lambda epoch: range(updates), 1, optimizer,
         5 * learning_rate("full", body.embedding().weight.size(1)), 1.0, lab.machine, lambda: None)
+
+
+def continue_pretraining(lab, release, body, updates, masks=None):
+    """Train on the public text again, before fine-tuning; inside a suspected ticket where masks says so. Done once for
+    each release: every fine-tuning of a search begins from the same weights."""
+    key = "continued", updates, masks, release.weights
+    if key not in lab.known:
+        train_on_public_text(lab, body, updates, masks and masks(lab, release))
+        lab.known[key] = {name: p.detach().cpu() for name, p in copy.deepcopy(body).named_parameters()}
+    with torch.no_grad():
+        for name, p in body.named_parameters():
+            p.copy_(lab.known[key][name])
 
 
 @torch.no_grad()
