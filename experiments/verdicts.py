@@ -9,7 +9,8 @@ random weights: holding back less than a tenth of that is not "non-fine-tunable"
 
 import numpy as np
 
-from common import (EPOCHS, FULL, LORA, MASKED_FULL, RATIOS, SCRATCH, SEEDS, accuracy, markdown, pairs, run)
+from common import (EPOCHS, FULL, LORA, MASKED_FULL, RATIOS, SCRATCH, SEEDS, UserError, accuracy, markdown, pairs,
+                    run)
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, by the number of values
 TENTH = 10.0  # % of the dense model's gain
@@ -98,6 +99,10 @@ def knob(lab):
 
 
 def geometry(lab):
+    for name, maker in (("landscape", "figure5"), ("gradients", "figure6"), ("one_step", "proposition1"),
+                        ("recovery", "attacks")):
+        if not lab.read(name):
+            raise UserError(f"{lab.results} has no {name}.jsonl yet: run {maker}.py with the same flags first")
     landscape, gradients, step = (list(lab.read(name).values()) for name in ("landscape", "gradients", "one_step"))
     of = {variant: [result for result in landscape if result["key"]["model"] == variant]
           for variant in ("pmp", "dense")}
