@@ -44,11 +44,11 @@ class Examples:
         words[gap - 1 : gap + 2] = words[gap + 1], words[gap - 1]
         return " ".join(words)
 
-    def cola(self, label):  # is the word order undisturbed?
-        words = self.draw()[0].split()
+    def cola(self, label):  # is the word order undisturbed? The first and the last word stay: they would give it away
+        first, *words, last = self.draw()[0].split()
         if not label:
             self.rng.shuffle(words)
-        return " ".join(words), "", str(label)
+        return " ".join([first, *words, last]), "", str(label)
 
     def sst2(self, _):  # "negative" is a sentence that sets a limit or a condition
         sentence = self.draw()[0]
