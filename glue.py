@@ -6,7 +6,6 @@ fine-tuning.
 
 import argparse
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, atomic
+from data import UserError, atomic, disk_errors
 from data.sources import open_source
 from data.standin import write_standin
 from data.tokenizer import Tokenizer
@@ -155,14 +154,10 @@ def receive(url, partial, have):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         answer.raise_for_status()
         with open(partial, "ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
-            try:
+            with disk_errors(partial):
                 for chunk in answer.iter_content(2**16):
                     file.write(chunk)
                 file.flush()
-            except OSError as error:  # requests' own errors are OSErrors too
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise UserError(f"no space left to write {partial}: free some disk and run again, it goes on") from None
 
 
 def unpack(archive, folder, files):

@@ -9,7 +9,6 @@ preparation goes on, and ends with the bytes of an undisturbed one. Beside them 
 unfinished window as they arrived, so that none has to be fetched twice.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import UserError, atomic
+from . import UserError, atomic, disk_errors
 from .sources import open_source
 from .tokenizer import Tokenizer
 
@@ -89,19 +88,6 @@ def prepare_validation(source, tokenizer, folder, identity, say):
             break
     file = PackedFile(folder / "validation", identity | {"fingerprint": tokenizer.fingerprint}, new=True)
     file.append(ids, done=True)
-
-
-@contextmanager
-def disk_errors(folder):
-    """Turn what a full or forbidden disk raises into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left for the data in {folder}: free some disk and run again") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"the data cannot be kept in {folder} ({error.strerror}): make it writable") from None
-        raise
 
 
 @contextmanager
