@@ -26,7 +26,7 @@ from torch import nn
 
 from data import UserError, atomic, disk_errors
 from data.sources import open_source
-from data.standin import write_standin
+from data.standin import standin
 from data.tokenizer import Tokenizer
 from model import add_lora, fingerprint, initialise, load_folder
 from pmp import (Machine, MaskedAdamW, Parser, Progress, command_line, from_first, join_ranks, leave_ranks, load_mask,
@@ -675,13 +675,7 @@ def task_folder(args):
         for name in args.tasks:
             fetch(name, CACHE)
         return CACHE
-    prose = open_source("prose")
-    digest = hashlib.sha256(json.dumps(prose.id, sort_keys=True).encode()).hexdigest()[:8]
-    folder = CACHE.parent / f"standin-{digest}"
-    if not all((folder / file).exists() for task in TASKS.values() for file in task.files):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_standin(folder, [text for _, text in prose.documents("validation")])
-    return folder
+    return standin(CACHE.parent, open_source("prose"))
 
 
 def parse(argv):

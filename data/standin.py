@@ -4,6 +4,8 @@ No network, the same folders, columns, headers and oddities (CoLA without header
 the tab, MRPC's byte-order mark), so that every path of glue.py can be tried. A score on it says nothing about GLUE.
 """
 
+import hashlib
+import json
 import random
 import re
 from pathlib import Path
@@ -46,9 +48,9 @@ class Examples:
 
     def cola(self, label):  # is the word order undisturbed? The first and the last word stay: they would give it away
         first, *words, last = self.draw()[0].split()
-        if not label:
-            self.rng.shuffle(words)
-        return " ".join([first, *words, last]), "", str(label)
+        mixed = self.rng.sample(words, len(words))
+        mixed = words if label else mixed if mixed != words else words[::-1]
+        return " ".join([first, *mixed, last]), "", str(label)
 
     def sst2(self, _):  # "negative" is a sentence that sets a limit or a condition
         sentence = self.draw()[0]
@@ -117,13 +119,29 @@ def write_standin(folder, texts, seed=0, train=400, dev=150):
         for split in ("train", "dev_matched", "dev_mismatched") if name == "MNLI" else ("train", "dev"):
             rng = random.Random(f"{seed} {name} {split}")
             examples, size = Examples(parts[split], rng), train if split == "train" else dev
-            drawn = list(dict.fromkeys(example(examples, i % labels) for i in range(3 * size)))[:size]
+            drawn = []
+            for label in range(labels):  # as many of each, after repetitions are left out
+                known, found = set(drawn), dict.fromkeys(example(examples, label) for _ in range(3 * size))
+                drawn += [cells for cells in found if cells not in known][: size // labels]
             rng.shuffle(drawn)
             rows = [header] if name != "CoLA" else []
             for i, cells in enumerate(drawn):
-                known = dict(zip(columns, cells))
-                rows.append([known.get(column, str(i)) for column in range(len(header))])
+                filled = dict(zip(columns, cells))
+                rows.append([filled.get(column, str(i)) for column in range(len(header))])
             path = Path(folder) / name / f"{split}.tsv"
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as file:
                 file.write(("\n".join(map("\t".join, rows)) + "\n" * (name != "CoLA")).encode())
+
+
+def standin(parent, source, **sizes):
+    """The folder in `parent` with the stand-in of a source's held-out documents; written where it is not there yet.
+
+    Another text, other sizes (see write_standin) or a change of this file give another folder.
+    """
+    identity = json.dumps([source.id, sizes, Path(__file__).read_text("utf-8")], sort_keys=True)
+    folder = Path(parent) / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    if not (folder / "done").exists():
+        write_standin(folder, [text for _, text in source.documents("validation")], **sizes)
+        (folder / "done").touch()
+    return folder

@@ -4,7 +4,8 @@
 
 A scale says how much of everything there is. Its models are pre-trained with pmp.py where they are missing, one folder
 each; fine-tuning is glue.py's. Each finished run is a JSON line in experiments/results/SCALE/, and what has its line is
-not run again: stop a script when you like, start it twice to use two cores, start it again to draw its picture.
+not run again: stop a script when you like, start it twice to use two cores, start it again to draw its picture. A line
+knows its model, not what you change in SCALES or in an adversary: after that, name other --results.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import pmp  # noqa: E402
 from data import UserError  # noqa: E402
 from data.pack import lock, prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402
-from data.standin import write_standin  # noqa: E402
+from data.standin import standin  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from glue import (CACHE, TASKS, Settings, append_result, cell, encode_task, fetch, finetune, fit,  # noqa: E402
                   learning_rate, prepare_model, read_results)
@@ -47,8 +48,8 @@ class Scale:
     pmp: dict  # flags of pmp.py that differ from the paper's run
     tasks: tuple  # Table 1 and Figure 3
     needy: tuple  # the tasks on which fine-tunability is tested: those that need pre-training
-    rows: int = None  # training rows of a task; None: all
-    select: int = 1000  # further training rows, which choose learning rate and epochs
+    rows: dict = field(default_factory=dict)  # {task: training rows, of "docs" blocks}; all where a task has no number
+    select: int = 1000  # further training rows, which choose learning rate and epochs; of "docs" a quarter as many
     rates: tuple = (0.3, 1.0, 3.0)  # searched, as multiples of glue.py's rate for the method and the model's width
     epochs: tuple = (3, 6)  # searched; the first one with every rate
     batch_size: int = 32
@@ -62,11 +63,11 @@ LAPTOP = {"preset": "mini", "data": "slimpajama", "steps": 1500, "warmup": 100, 
 GLUE = tuple(TASKS)
 SCALES = {
     "quick": Scale({"preset": "mini", "data": "prose", "steps": 60, "warmup": 6, "lr": 3e-3, "eb_steps": 5},
-                   ("docs", "standin/sst2"), ("docs", "standin/sst2"), rows=64, select=64, rates=(1.0, 3.0),
-                   epochs=(1, 2), text_blocks=8, seeded_steps=5),
-    "laptop": Scale(LAPTOP, ("docs", "standin/qqp", "cola", "sst2", "rte"),
-                    ("docs", "standin/qqp"), rows=500, select=500, rates=(1.0, 4.0, 16.0),
-                    epochs=(2, 4), batch_size=16, max_length=96),
+                   ("docs", "standin/cola"), ("docs", "standin/cola"), rows={"docs": 16, "standin/cola": 64}, select=64,
+                   rates=(1.0, 3.0), epochs=(1, 2), text_blocks=8, seeded_steps=5),
+    "laptop": Scale(LAPTOP, ("docs", "standin/cola", "cola", "sst2", "rte"), ("docs", "standin/cola"),
+                    rows={"docs": 125, "standin/cola": 4000, "cola": 500, "sst2": 500, "rte": 500}, select=500,
+                    rates=(1.0, 4.0, 16.0), epochs=(2, 4), batch_size=16, max_length=96),
     # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
     "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, GLUE, ("qnli", "sst2", "mnli")),
     "paper": Scale({"preset": "tinyllama"}, GLUE, ("qnli", "sst2", "mnli")),
@@ -78,12 +79,8 @@ VARIANTS = {  # how the models of a scale are pre-trained
 }
 RATIOS = {1.0: "dense", 0.9: "rho0.9", 0.8: "rho0.8", 0.7: "pmp", 0.6: "rho0.6", 0.5: "rho0.5"}  # Figure 4
 EPOCHS = (1, 2, 3, 5, 10)
-SEEDS = {"dense": 3, "pmp": 3}  # pre-trainings of a variant; of the others 1
-
-
-def pairs(variant):
-    """The three (pre-training seed, fine-tuning seed) whose mean and spread are reported."""
-    return [(i % SEEDS.get(variant, 1), 1 + i) for i in range(3)]
+SEEDS = 3  # pre-trainings of a variant
+PAIRS = [(seed, 1 + seed) for seed in range(SEEDS)]  # (pre-training seed, fine-tuning seed) of every mean and spread
 
 
 # -----------------------------------------------------------------------------
@@ -259,9 +256,7 @@ class Lab:
         """
         if found := self.read(name).get(key_of({"key": key})):
             return found
-        folder = self.work / "claims" / hashlib.sha256(f"{name} {key_of({'key': key})}".encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder) as mine:
+        with self.claim(f"{name} {key_of({'key': key})}") as mine:
             if not mine:
                 self.missed += 1
                 return None
@@ -272,6 +267,19 @@ class Lab:
             result["seconds"] = round(time.perf_counter() - began, 1)
             return self.keep(name, result)
 
+    def each(self, name, measure):
+        """{variant: results of measure(lab, variant, seed)} of PMP's and the dense models; keeps NAME.jsonl."""
+        found = {variant: [self.once(name, {"model": variant, "pretrain_seed": seed},
+                                     lambda: measure(self, variant, seed)) for seed in range(SEEDS)]
+                 for variant in ("pmp", "dense")}
+        return {variant: [result for result in results if result] for variant, results in found.items()}
+
+    def claim(self, what):
+        """A lock on a piece of work, as a context manager: True when no other process is at it."""
+        folder = self.work / "claims" / hashlib.sha256(what.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock(folder)
+
     # ---- models
 
     def release(self, variant, seed=0):
@@ -279,11 +287,8 @@ class Lab:
         if (variant, seed) in self.releases:
             return self.releases[variant, seed]
         out = self.work / f"{variant}-{seed}"
-        out.parent.mkdir(parents=True, exist_ok=True)
         while not (out / "release" / "model.safetensors").exists():
-            claim = self.work / "claims" / f"{variant}-{seed}"
-            claim.mkdir(parents=True, exist_ok=True)
-            with lock(claim) as mine:
+            with self.claim(out.name) as mine:
                 if mine and not (out / "release" / "model.safetensors").exists():
                     self.pretrain(variant, seed, out)
             if not mine:
@@ -306,8 +311,12 @@ class Lab:
             config = json.loads((release.out / "private" / "run.json").read_bytes())["config"]
             last = json.loads((release.out / "log.jsonl").read_text().splitlines()[-1])
             settings = {name: config[name] for name in config if name not in ("out", "cache", "data")}
+            data = Path(config["data"]).name
+            if others := {model["data"] for model in self.read("models").values()} - {data}:
+                raise UserError(f"{release.out} was trained on {data}, the models of {self.results} on "
+                                f"{', '.join(others)}: name other --results, or other --work and the same --data")
             known = self.keep("models", {"key": key, "weights": release.weights, "val_loss": last["val_loss"],
-                                         "data": Path(config["data"]).name, "settings": settings})
+                                         "data": data, "settings": settings})
         if known["weights"] != release.weights:
             raise UserError(f"{release.out} is not the model of the results in {self.results}: name other --results")
 
@@ -320,9 +329,14 @@ class Lab:
         pmp.main([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
 
     @cached_property
+    def config(self):
+        """Settings of the scale's pre-training."""
+        return json.loads((self.release("pmp").out / "private" / "run.json").read_bytes())["config"]
+
+    @cached_property
     def text(self):
         """(train Blocks, validation Blocks, block size) of the pre-training text, which is public."""
-        config = json.loads((self.release("pmp").out / "private" / "run.json").read_bytes())["config"]
+        config = self.config
         tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
         _, train, validation = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
                                        shuffle_buffer=config["shuffle_buffer"])
@@ -342,7 +356,7 @@ class Lab:
     def losses(self, variant):
         """Held-out loss in nats of each pre-training of a variant."""
         found = [self.once("text_loss", {"model": variant, "pretrain_seed": seed}, lambda: next_token(
-            self.release(variant, seed).body, self.held_out(), self.machine)) for seed in range(SEEDS.get(variant, 1))]
+            self.release(variant, seed).body, self.held_out(), self.machine)) for seed in range(SEEDS)]
         return [result["loss"] for result in found if result]
 
     # ---- tasks
@@ -354,7 +368,9 @@ class Lab:
         if name == "docs":
             data = self.docs(tokenizer)
         elif name.startswith("standin/"):
-            data = encode_task(name.partition("/")[2], self.standin(), tokenizer, self.scale.max_length)
+            rows = self.scale.select + self.scale.rows.get(name, 3000)  # made of the documents that are held out
+            folder = standin(self.work, open_source(self.config["data"]), train=rows, dev=1000)
+            data = encode_task(name.partition("/")[2], folder, tokenizer, self.scale.max_length)
         else:
             folder = self.glue_dir or CACHE
             if not self.glue_dir:
@@ -367,16 +383,6 @@ class Lab:
         take = (lambda rows: data["train"][rows]) if name == "docs" else (lambda rows: [data["train"][i] for i in rows])
         self.tasks[name] = {**data, "train": take(others), "select": take(chosen)}
         return self.tasks[name]
-
-    def standin(self):
-        """Stand-in tasks made of the documents that pre-training holds out."""
-        folder, rows = self.work / "standin", (self.scale.rows or 3000) + self.scale.select
-        if not (folder / "done").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_standin(folder, [text for _, text in open_source(self.flags["data"]).documents("validation")],
-                          train=2 * rows, dev=500)
-            (folder / "done").touch()
-        return folder
 
     def docs(self, tokenizer, length=128, most=4000, dev=128):
         """Documentation of Python, numpy and torch in blocks of 128 tokens: another domain than web text."""
@@ -406,10 +412,9 @@ class Lab:
             data = {"train": data["train"], **{split: data["select"] for split in data if split.startswith("dev")}}
         width = release.body.embedding().weight.size(1)
         settings = Settings(**{"lr": rate * adversary.rate * learning_rate(adversary.method, width) or None,
-                               "epochs": epochs, "batch_size": self.scale.batch_size, "limit": self.scale.rows,
-                               "max_length": self.scale.max_length, **adversary.settings})
-        if task == "docs" and self.scale.rows:
-            settings = replace(settings, limit=self.scale.rows // 4)
+                               "epochs": epochs, "limit": self.scale.rows.get(task),
+                               "batch_size": self.scale.batch_size, "max_length": self.scale.max_length,
+                               **adversary.settings})
         body = copy.deepcopy(release.body)
         if adversary.change:
             adversary.change(self, release, body)
@@ -422,38 +427,40 @@ class Lab:
         return {**outcome, "weights": release.weights, "lr": settings.lr}
 
     def search(self, variant, task, adversary):
-        """(rate, epochs) that do best on the rows kept for it, with a seed that no reported run has.
+        """(rate, epochs) that do best on the rows kept for it, for the first pre-training and a seed of its own.
 
-        Each rate with the fewest epochs; further ones, twice at most, while the best is the largest; then the best with
-        more epochs. None if others are at it.
+        Each rate with the fewest epochs; further ones, twice at most, while the best lies at an end of them; then the
+        best with more epochs. None if others are at it.
         """
         if adversary.method == "base":
             return 0.0, 0
         epochs = [adversary.longer * number for number in self.scale.epochs]
-        tried = {}
-        rates = list(adversary.rates or self.scale.rates)
-        most = rates[-1] * (rates[-1] / rates[-2]) ** 2
-        for rate in rates:  # which grows
+        rates = adversary.rates or self.scale.rates
+        tried, trying = {}, list(rates)
+        for rate in trying:  # which grows
             tried[rate, epochs[0]] = self.tune(variant, (0, 0), task, adversary, rate, epochs[0], "select")
             if None in tried.values():
                 return None
             best = max(tried, key=lambda choice: accuracy(tried[choice]))[0]
-            if rate == rates[-1] == best < most:
-                rates.append(rate * rates[-1] / rates[-2])
+            if rate == trying[-1] and len(trying) < len(rates) + 2:
+                if best == max(trying):
+                    trying.append(best * rates[-1] / rates[-2])
+                elif best == min(trying):
+                    trying.append(best * rates[0] / rates[1])
         for more in epochs[1:]:
             tried[best, more] = self.tune(variant, (0, 0), task, adversary, best, more, "select")
         if None in tried.values():
             return None
         return max(tried, key=lambda choice: accuracy(tried[choice]))
 
-    def scores(self, variant, task, adversary, count=3, column=None):
+    def scores(self, variant, task, adversary, count=SEEDS, column=None):
         """The accuracies of an adversary at the setting that his search chose, over `count` pairs of seeds.
 
         Runs what is missing; shorter than `count` while another process is at work on it.
         """
         if not (choice := self.search(variant, task, adversary)):
             return []
-        runs = [self.tune(variant, pair, task, adversary, *choice) for pair in pairs(variant)[:count]]
+        runs = [self.tune(variant, pair, task, adversary, *choice) for pair in PAIRS[:count]]
         return [accuracy(run, column) for run in runs if run]
 
 
@@ -481,6 +488,11 @@ def mean_sd(values):
     return cell(dict(enumerate(values)))
 
 
+def sd(values):
+    """Standard deviation of a sample over its first axis, for error bars; 0 of a single value."""
+    return np.std(values, 0, ddof=1) if len(values) > 1 else 0.0
+
+
 def markdown(header, rows):
     """A table as README has it."""
     lines = [header, ["---"] * len(header), *rows]
@@ -497,7 +509,9 @@ def subplots(*args, **kwargs):
 
 
 def picture(lab, name, figure):
-    """Save a matplotlib figure beside the results."""
+    """Save a matplotlib figure beside the results, if they are whole."""
+    if lab.missed:
+        return
     figure.tight_layout()
     figure.savefig(lab.path(name + ".png"), dpi=120)
     print(f"drawn: {lab.path(name + '.png')}")
@@ -518,12 +532,13 @@ def parse(argv, doc):
 def run(script, doc, argv=None):
     """The command line of a script: script(lab) does the work and returns the text of its tables."""
     def main():
-        lab = Lab(parse(argv, doc))
+        lab, text = Lab(parse(argv, doc)), ""
         try:
-            print("\n" + script(lab))
+            text = script(lab)
         except (LookupError, ValueError, TypeError):
-            if lab.missed:  # there was too little for a table
-                raise UserError(f"another process is at work on {lab.missed} of the runs: start this again when it is "
-                                "done") from None
-            raise
+            if not lab.missed:  # else there was too little for a table
+                raise
+        if lab.missed:
+            raise UserError(f"another process is at work on {lab.missed} of the runs: start this again when it is done")
+        print("\n" + text)
     command_line(main)

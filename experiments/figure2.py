@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from common import BASE, FULL, SCRATCH, markdown, mean_sd, picture, run, subplots
+from common import BASE, FULL, SCRATCH, markdown, mean_sd, picture, run, sd, subplots
 
 VARIANTS = {"dense": "no mask", "pmp": "EarlyBird", "mean": "EarlyBird, mean score", "random": "random mask"}
 
@@ -33,7 +33,7 @@ def script(lab):
         for i, (variant, label) in enumerate(VARIANTS.items()):
             values = [scores[variant, kind, task] for task in tasks]
             axis.bar(np.arange(len(tasks)) + 0.2 * i, [np.mean(v) for v in values], 0.18, label=label,
-                     yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])
+                     yerr=[sd(v) for v in values])
         axis.set_xticks(np.arange(len(tasks)) + 0.3, tasks)
         axis.set_title({"base": "released", "full": "after an outsider's full fine-tuning"}[kind])
     axes[0].set_ylabel("accuracy, %")

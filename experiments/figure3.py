@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from common import FULL, LORA, MASKED_FULL, MASKED_LORA, SCRATCH, markdown, mean_sd, picture, run, subplots
+from common import FULL, LORA, MASKED_FULL, MASKED_LORA, SCRATCH, markdown, mean_sd, picture, run, sd, subplots
 
 ARMS = [("outsider, full", "pmp", FULL), ("authorised, full", "pmp", MASKED_FULL), ("outsider, LoRA", "pmp", LORA),
         ("authorised, LoRA", "pmp", MASKED_LORA), ("dense model, full", "dense", FULL),
@@ -18,7 +18,7 @@ def script(lab):
     figure, axis = subplots(figsize=(9, 3.8))
     for i, (label, values) in enumerate(scores.items()):
         axis.bar(np.arange(len(tasks)) + 0.14 * i, [np.mean(v) for v in values], 0.13, label=label,
-                 yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])
+                 yerr=[sd(v) for v in values])
     axis.set_xticks(np.arange(len(tasks)) + 0.35, tasks)
     axis.set_ylabel("accuracy, %")
     axis.legend(ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above the bars

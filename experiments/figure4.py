@@ -8,11 +8,12 @@ own search. Middle and right: full fine-tuning of the dense and the PMP model, t
 
 import numpy as np
 
-from common import BASE, EPOCHS, FULL, RATIOS, SCRATCH, accuracy, markdown, mean_sd, pairs, picture, run, subplots
+from common import BASE, EPOCHS, FULL, PAIRS, RATIOS, SCRATCH, accuracy, markdown, mean_sd, picture, run, sd, subplots
+
 
 def at(lab, variant, rate, epochs):
     """Accuracies on the first needy task at a given setting, for each pair of seeds."""
-    runs = [lab.tune(variant, pair, lab.scale.needy[0], FULL, rate, epochs) for pair in pairs(variant)]
+    runs = [lab.tune(variant, pair, lab.scale.needy[0], FULL, rate, epochs) for pair in PAIRS]
     return [accuracy(run) for run in runs if run]
 
 
@@ -32,7 +33,7 @@ def script(lab):
     for axis, (name, lines) in zip(axes, panels.items()):
         for label, points in lines.items():
             axis.errorbar(list(points), [np.mean(v) for v in points.values()],
-                          [np.std(v, ddof=1) if len(v) > 1 else 0 for v in points.values()], label=label, capsize=2)
+                          [sd(v) for v in points.values()], label=label, capsize=2)
         axis.set_xlabel({"rate": "learning rate, times the default"}.get(name, name))
         axis.set_xscale("linear" if name == "rho" else "log")
         axis.legend(fontsize=7)

@@ -29,13 +29,11 @@ def measure(lab, variant, seed):
 
 
 def script(lab):
-    found = {(variant, seed): lab.once("gradients", {"model": variant, "pretrain_seed": seed},
-                                       lambda: measure(lab, variant, seed))
-             for variant in ("pmp", "dense") for seed in range(3)}
+    found = lab.each("gradients", measure)
     figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
     rows = []
     for axis, variant in zip(axes, ("pmp", "dense")):
-        results = [found[variant, seed] for seed in range(3) if found[variant, seed]]
+        results = found[variant]
         for place in ("ticket", "complement"):
             counts = np.sum([result["histogram"][place] for result in results], 0)
             axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=place)

@@ -9,7 +9,7 @@ says that the outsider's step raises the loss on the pre-training text, by at le
 
 import numpy as np
 
-from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, subplots
+from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, sd, subplots
 
 SIZES = [0.001, 0.003, 0.01, 0.03, 0.1]  # length of the outsider's step over the norm of the weights
 BATCHES = 5
@@ -36,16 +36,14 @@ def measure(lab, variant, seed):
 
 
 def script(lab):
-    found = {(variant, seed): lab.once("one_step", {"model": variant, "pretrain_seed": seed},
-                                       lambda: measure(lab, variant, seed))
-             for variant in ("pmp", "dense") for seed in range(3)}
+    found = lab.each("one_step", measure)
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = []
     for axis, variant in zip(axes, ("pmp", "dense")):
-        results = [found[variant, seed]["change"] for seed in range(3) if found[variant, seed]]
+        results = [result["change"] for result in found[variant]]
         for arm in results[0]:
             change = np.array([np.mean(result[arm], 0) for result in results])  # (models, sizes)
-            axis.errorbar(SIZES, change.mean(0), change.std(0, ddof=1) if len(change) > 1 else 0, label=arm, capsize=2)
+            axis.errorbar(SIZES, change.mean(0), sd(change), label=arm, capsize=2)
             rows.append([variant, arm, *(mean_sd(1e3 * change[:, i]) for i in range(len(SIZES)))])
         axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[variant], xscale="log",
                  xlabel="length of the step / norm of the weights")

@@ -9,8 +9,7 @@ random weights: holding back less than a tenth of that is not "non-fine-tunable"
 
 import numpy as np
 
-from common import (EPOCHS, FULL, LORA, MASKED_FULL, RATIOS, SCRATCH, SEEDS, UserError, accuracy, markdown, pairs,
-                    run)
+from common import EPOCHS, FULL, LORA, MASKED_FULL, PAIRS, RATIOS, SCRATCH, UserError, accuracy, markdown, run
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, by the number of values
 TENTH = 10.0  # % of the dense model's gain
@@ -23,54 +22,57 @@ def interval(values):
     return values.mean(), T95[len(values)] * values.std(ddof=1) / len(values) ** 0.5
 
 
-def judge(intervals, margin=0.0):
-    """"holds" where every interval lies above the margin, "does not hold" where one lies below it, or "cannot tell"."""
-    if any(mean + half < margin for mean, half in intervals):
+def judge(intervals):
+    """"holds" where every interval lies above 0, "does not hold" where one lies below it, or "cannot tell"."""
+    if any(mean + half < 0 for mean, half in intervals):
         return "**does not hold**"
-    return "**holds**" if all(mean - half > margin for mean, half in intervals) else "**cannot tell**"
+    return "**holds**" if all(mean - half > 0 for mean, half in intervals) else "**cannot tell**"
 
 
 def spell(intervals, names, unit):
     return "; ".join(f"{name} {mean:.3g} ±{half:.2g}{unit}" for (mean, half), name in zip(intervals, names))
 
 
-def advantage(lab, one, other):
-    """{task: interval of how much better arm `one` is than arm `other`, in % of the dense model's gain}.
+def advantage(lab, task, first, second, margin):
+    """(interval of first - second in % of the dense model's gain, interval of what they differ by beyond the margin).
 
-    An arm is (variant, adversary). Without the tasks on which the dense model does not clearly beat random weights:
-    nothing can be told there.
+    first, second: accuracies on a task, one a pair of seeds. None where the dense model does not clearly beat random
+    weights: nothing can be told there.
     """
-    found = {}
-    for task in lab.scale.needy:
-        dense, scratch, first, second = (np.array(lab.scores(variant, task, adversary)) for variant, adversary in (
-            ("dense", FULL), ("dense", SCRATCH), one, other))
-        gain, half = interval(dense - scratch)
-        if gain > half:
-            found[task] = interval(100 * (first - second) / gain)
-    return found
+    gains = np.array(lab.scores("dense", task, FULL)) - lab.scores("dense", task, SCRATCH)
+    gain, half = interval(gains)
+    if gain < half:
+        return None
+    return interval(100 * (first - second) / gain), interval(first - second - margin / 100 * gains)
+
+
+def row(claim, found, said=""):
+    """A row of the table from {task: advantage}."""
+    found = {task: intervals for task, intervals in found.items() if intervals}
+    if not found:
+        return [claim, said + "the dense model does not clearly beat random weights", "**cannot tell**"]
+    shown, judged = zip(*found.values())
+    return [claim, said + spell(shown, found, " % of the dense gain"), judge(judged)]
 
 
 def compare(lab, claim, one, other, margin=0.0):
-    """A row of the table: does arm `one` do better than arm `other`?"""
-    found = advantage(lab, one, other)
-    if not found:
-        return [claim, "the dense model does not clearly beat random weights", "**cannot tell**"]
-    alone = [variant for variant, _ in (one, other) if SEEDS.get(variant, 1) == 1]
-    return [claim, spell(found.values(), found, " % of the dense gain"),
-            judge(found.values(), margin) + ", one pre-training" * bool(alone)]
+    """Does arm `one`, a (variant, adversary), do better than arm `other`?"""
+    return row(claim, {task: advantage(lab, task, *(np.array(lab.scores(variant, task, adversary))
+                                                    for variant, adversary in (one, other)), margin)
+                       for task in lab.scale.needy})
 
 
 def capability(lab):
     dense, masked, random, mean = (np.array(lab.losses(variant)) for variant in ("dense", "pmp", "random", "mean"))
     cost, half = interval(masked - dense)
-    verdict = "**holds**" if cost + half < FREE else "**does not hold**" if cost > half else "**cannot tell**"
     return [
         [f"PMP preserves the pre-trained capability (4.2): at most {FREE} nats",
          f"held-out loss {dense.mean():.3f} dense, {masked.mean():.3f} PMP: {spell([(cost, half)], ['+'], ' nats')}",
-         verdict],
+         judge([(FREE - cost, half)])],
         ["the EarlyBird ticket trains at least as well as a random mask (4.4)",
-         f"held-out loss {masked.mean():.3f} EarlyBird, {random.mean():.3f} random, {mean.mean():.3f} `--score mean`",
-         judge([interval(random.mean() - masked)]) + ", one pre-training"],
+         f"held-out loss {masked.mean():.3f} EarlyBird, {random.mean():.3f} random, {mean.mean():.3f} `--score mean`: "
+         + spell([interval(masked - random)], ["over random +"], " nats"),
+         judge([interval(random - masked)])],
     ]
 
 
@@ -79,23 +81,18 @@ def sweep(lab, claim, settings):
     task = lab.scale.needy[0]
 
     def values(variant):
-        runs = [[accuracy(lab.tune(variant, pair, task, FULL, *setting)) for pair in pairs(variant)]
-                for setting in settings]
+        runs = [[accuracy(lab.tune(variant, pair, task, FULL, *setting)) for pair in PAIRS] for setting in settings]
         return np.array(max(runs, key=np.mean))
-    gain = np.mean(lab.scores("dense", task, FULL)) - np.mean(lab.scores("dense", task, SCRATCH))
-    held_back = [interval(100 * (values("dense") - values("pmp")) / gain)]
-    return [claim, "held back at the best setting: " + spell(held_back, [task], " % of the dense gain"),
-            judge(held_back, TENTH)]
+    return row(claim, {task: advantage(lab, task, values("dense"), values("pmp"), TENTH)},
+               "held back at the best setting: ")
 
 
 def knob(lab):
     task = lab.scale.needy[0]
     scores = {rho: np.array(lab.scores(variant, task, FULL)) for rho, variant in RATIOS.items()}
-    gain = scores[1.0].mean() - np.mean(lab.scores("dense", task, SCRATCH))
-    least = interval(100 * (scores[1.0] - scores[0.5]) / gain)
-    return ["the mask ratio sets the strength (4.4)", f"{task}, fine-tuned: " + ", ".join(
-        f"{rho:g}: {value.mean():.1f}" for rho, value in scores.items()) + "; " + spell(
-            [least], ["0.5 holds back"], " % of the dense gain"), judge([least], TENTH) + ", one pre-training"]
+    means = ", ".join(f"{rho:g}: {value.mean():.1f}" for rho, value in scores.items())
+    return row("the mask ratio sets the strength (4.4)", {task: advantage(lab, task, scores[1.0], scores[0.5], TENTH)},
+               f"fine-tuned, {means}; 0.5 holds back: ")
 
 
 def geometry(lab):
