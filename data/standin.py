@@ -104,7 +104,7 @@ LAYOUT = {
 def write_standin(folder, texts, seed=0, train=400, dev=150):
     """Write the eight tasks under `folder`, made from `texts` (whole documents); the same input gives the same files.
 
-    train, dev: rows a file at most (repetitions are left out). No document serves both training and development, nor
+    train, dev: rows a file at most (repetitions are left out), as many of each label. No document serves both training and development, nor
     both of MNLI's development files. Raises UserError when too few documents have three sentences.
     """
     documents = [found for found in map(sentences, texts) if len(found) >= 3]
@@ -120,9 +120,12 @@ def write_standin(folder, texts, seed=0, train=400, dev=150):
             rng = random.Random(f"{seed} {name} {split}")
             examples, size = Examples(parts[split], rng), train if split == "train" else dev
             drawn = []
-            for label in range(labels):  # as many of each, after repetitions are left out
+            for label in range(labels):
                 known, found = set(drawn), dict.fromkeys(example(examples, label) for _ in range(3 * size))
                 drawn += [cells for cells in found if cells not in known][: size // labels]
+            if name != "STS-B":  # as many of each label as of the rarest
+                kinds = [[cells for cells in drawn if cells[2] == kind] for kind in dict.fromkeys(c[2] for c in drawn)]
+                drawn = [cells for kind in kinds for cells in kind[: min(map(len, kinds))]]
             rng.shuffle(drawn)
             rows = [header] if name != "CoLA" else []
             for i, cells in enumerate(drawn):
