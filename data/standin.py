@@ -104,8 +104,8 @@ LAYOUT = {
 def write_standin(folder, texts, seed=0, train=400, dev=150):
     """Write the eight tasks under `folder`, made from `texts` (whole documents); the same input gives the same files.
 
-    train, dev: rows a file at most (repetitions are left out), as many of each label. No document serves both training and development, nor
-    both of MNLI's development files. Raises UserError when too few documents have three sentences.
+    train, dev: rows a file at most (repetitions are left out), as many of each label. No document serves both training
+    and development, nor both of MNLI's development files. Raises UserError when too few documents have three sentences.
     """
     documents = [found for found in map(sentences, texts) if len(found) >= 3]
     if len(documents) < 20:
