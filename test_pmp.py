@@ -2335,9 +2335,9 @@ def test_replaying_the_secret_gives_the_mask_and_another_one_nothing(nano):
 def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(nano):
     lab = lab_of(nano)
     for name in attacks.SCORES:
-        assert 0 <= attacks.recovery(lab, 0, name)["iou"] <= 1
-    assert abs(attacks.recovery(lab, 0, "random")["auc"] - 0.5) < 0.01
-    assert attacks.recovery(lab, 0, "gradient, 1 batch")["auc"] > 0.6
+        assert 0 <= attacks.recovery(lab, name, 0)["iou"] <= 1
+    assert abs(attacks.recovery(lab, "random", 0)["auc"] - 0.5) < 0.01
+    assert attacks.recovery(lab, "gradient, 1 batch", 0)["auc"] > 0.6
     guess = attacks.guess(lab, lab.release("pmp"), "constants that never moved")
     for name, mask in guess.items():  # a gain that is not 1 any more was in the ticket
         if "norm" in name:

@@ -31,8 +31,7 @@ def atomic(path, mode=0o644):
     """Open `path` for binary writing so that it appears whole or not at all, also after a power cut.
 
     Writes to a temporary name in the same folder, syncs, renames, syncs the folder; on any error the old file stays.
-    mode is the file's permission bits. Raises UserError when the disk is full or
-    forbids it.
+    mode is the file's permission bits. Raises UserError when the disk is full or forbids it.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

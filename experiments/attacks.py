@@ -158,7 +158,7 @@ def auc(positive, negative, points=2**20):
     return float((below + upto) / (2 * len(negative)))
 
 
-def recovery(lab, seed, name):
+def recovery(lab, name, seed):
     """{"auc", "iou"} of a score against the true mask of pmp-SEED."""
     release = lab.release("pmp", seed)
     scores, masks = score_of(lab, release, name), release.masks
@@ -171,7 +171,7 @@ def replay(lab, variant, secret):
     """Redraw theta(0) from a secret or a guess of it, and call trained what differs from the release."""
     release = lab.release(variant)
     if secret is None:  # the leaked one
-        secret = bytes.fromhex(json.loads((release.out / "private" / "run.json").read_bytes())["init_secret"])
+        secret = bytes.fromhex(release.record["init_secret"])
     found = {name: initial_value(release.body, name, p.shape, secret).to(p.device) != p.detach()
              for name, p in release.body.named_parameters()}
     same = sum(int((~found[name]).sum()) for name in found)
@@ -346,9 +346,7 @@ def recoveries(lab):
     """The table of guesses at the mask, and what replaying a seed and reading the release folder give."""
     rows = []
     for name in SCORES:
-        found = [lab.once("recovery", {"attack": name, "pretrain_seed": seed}, partial(recovery, lab, seed, name))
-                 for seed in range(SEEDS)]
-        found = [result for result in found if result]
+        found = lab.each("recovery", {"attack": name}, partial(recovery, lab, name))
         rows.append([name, mean_sd([result["auc"] for result in found]), mean_sd([result["iou"] for result in found])])
     for name, variant, secret in (
             ("replay, the seed is known", "seeded", b"init-seed 42"),
@@ -392,7 +390,7 @@ def adaptations(lab):
         share, again = regained(lab, task, variant, adversary, 1), []
         thorough = adversary.name in strongest or adversary not in outsiders or adversary in (FULL, LORA)
         for needy in lab.scale.needy:
-            again += [f"{regained(lab, needy, variant, adversary, 3):.0f}",
+            again += [f"{regained(lab, needy, variant, adversary, SEEDS):.0f}",
                       mean_sd(lab.scores(variant, needy, adversary))] if thorough else ["", ""]
         rows.append((share, [label, f"{share:.0f}", control.get(label, ""), *again]))
     rows.sort(key=lambda row: -np.nan_to_num(row[0], nan=-np.inf))

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,7 @@ VARIANTS = {  # how the models of a scale are pre-trained
     "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
     **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
 }
+COMPARED = {"pmp": "PMP", "dense": "dense, with PMP's mask"}  # Figures 5 and 6, Proposition 1
 RATIOS = {1.0: "dense", 0.9: "rho0.9", 0.8: "rho0.8", 0.7: "pmp", 0.6: "rho0.6", 0.5: "rho0.5"}  # Figure 4
 EPOCHS = (1, 2, 3, 5, 10)
 SEEDS = 3  # pre-trainings of a variant
@@ -119,6 +120,11 @@ class Release:
     body: torch.nn.Module
     tokenizer: Tokenizer
     masks: dict
+
+    @cached_property
+    def record(self):
+        """What pmp.py keeps of the run for its owner: "config", "init_secret", ..."""
+        return json.loads((self.out / "private" / "run.json").read_bytes())
 
     @cached_property
     def weights(self):
@@ -231,7 +237,7 @@ class Lab:
         for path in self.results.glob("*.jsonl"):
             read_results(path)  # drops a last line that a kill has torn
         self.device, self.missed = args.device, 0
-        self.releases, self.tasks, self.known = {}, {}, {}
+        self.releases, self.tasks, self.known, self.parsed = {}, {}, {}, {}
 
     # ---- results
 
@@ -241,8 +247,13 @@ class Lab:
     def read(self, name):
         """{key: result} of results/SCALE/NAME.jsonl, a key being the JSON of what identifies a run."""
         path = self.path(name + ".jsonl")
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # another process may be writing
-        return {key_of(result): result for result in map(json.loads, whole.splitlines())}
+        if not path.exists():
+            return {}
+        version = path.stat().st_mtime_ns, path.stat().st_size  # a table asks thousands of times
+        if self.parsed.get(name, [None])[0] != version:
+            whole = path.read_bytes().rpartition(b"\n")[0]  # another process may be writing
+            self.parsed[name] = version, {key_of(result): result for result in map(json.loads, whole.splitlines())}
+        return self.parsed[name][1]
 
     def keep(self, name, result):
         """Append a result, with the hardware that it was measured on."""
@@ -267,12 +278,14 @@ class Lab:
             result["seconds"] = round(time.perf_counter() - began, 1)
             return self.keep(name, result)
 
-    def each(self, name, measure):
-        """{variant: results of measure(lab, variant, seed)} of PMP's and the dense models; keeps NAME.jsonl."""
-        found = {variant: [self.once(name, {"model": variant, "pretrain_seed": seed},
-                                     lambda: measure(self, variant, seed)) for seed in range(SEEDS)]
-                 for variant in ("pmp", "dense")}
-        return {variant: [result for result in results if result] for variant, results in found.items()}
+    def each(self, name, key, measure):
+        """The results of measure(seed) for each pre-training, kept once; without those that others are at work on."""
+        found = [self.once(name, {**key, "pretrain_seed": seed}, partial(measure, seed)) for seed in range(SEEDS)]
+        return [result for result in found if result]
+
+    def compared(self, name, measure):
+        """{variant: results of measure(lab, variant, seed)} of the models of COMPARED."""
+        return {variant: self.each(name, {"model": variant}, partial(measure, self, variant)) for variant in COMPARED}
 
     def claim(self, what):
         """A lock on a piece of work, as a context manager: True when no other process is at it."""
@@ -308,7 +321,7 @@ class Lab:
         key = {"model": release.variant, "pretrain_seed": release.seed}
         known = self.read("models").get(key_of({"key": key}))
         if not known:
-            config = json.loads((release.out / "private" / "run.json").read_bytes())["config"]
+            config = release.record["config"]
             last = json.loads((release.out / "log.jsonl").read_text().splitlines()[-1])
             settings = {name: config[name] for name in config if name not in ("out", "cache", "data")}
             data = Path(config["data"]).name
@@ -329,14 +342,9 @@ class Lab:
         pmp.main([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
 
     @cached_property
-    def config(self):
-        """Settings of the scale's pre-training."""
-        return json.loads((self.release("pmp").out / "private" / "run.json").read_bytes())["config"]
-
-    @cached_property
     def text(self):
         """(train Blocks, validation Blocks, block size) of the pre-training text, which is public."""
-        config = self.config
+        config = self.release("pmp").record["config"]
         tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
         _, train, validation = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
                                        shuffle_buffer=config["shuffle_buffer"])
@@ -355,9 +363,9 @@ class Lab:
 
     def losses(self, variant):
         """Held-out loss in nats of each pre-training of a variant."""
-        found = [self.once("text_loss", {"model": variant, "pretrain_seed": seed}, lambda: next_token(
-            self.release(variant, seed).body, self.held_out(), self.machine)) for seed in range(SEEDS)]
-        return [result["loss"] for result in found if result]
+        found = self.each("text_loss", {"model": variant}, lambda seed: next_token(
+            self.release(variant, seed).body, self.held_out(), self.machine))
+        return [result["loss"] for result in found]
 
     # ---- tasks
 
@@ -369,7 +377,8 @@ class Lab:
             data = self.docs(tokenizer)
         elif name.startswith("standin/"):
             rows = self.scale.select + self.scale.rows.get(name, 3000)  # made of the documents that are held out
-            folder = standin(self.work, open_source(self.config["data"]), train=rows, dev=1000)
+            source = open_source(self.release("pmp").record["config"]["data"])
+            folder = standin(self.work, source, train=rows, dev=1000)
             data = encode_task(name.partition("/")[2], folder, tokenizer, self.scale.max_length)
         else:
             folder = self.glue_dir or CACHE

@@ -11,7 +11,7 @@ its landscape has the same shape, PMP has not made it.
 import numpy as np
 import torch
 
-from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, sd, subplots
+from common import COMPARED, gradient, length, loss_beside, markdown, mean_sd, picture, run, sd, subplots
 
 ALPHAS = [-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3]
 DIRECTIONS, STEP = 5, 0.02  # STEP, times the norm of the weights: of the finite difference
@@ -46,15 +46,14 @@ def measure(lab, variant, seed):
 
 
 def script(lab):
-    found = lab.each("landscape", measure)
+    found = lab.compared("landscape", measure)
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = []
-    for axis, variant in zip(axes, ("pmp", "dense")):
-        results = found[variant]
+    for axis, (variant, results) in zip(axes, found.items()):
         for place in PLACES:
             curves = np.array([curve for result in results for curve in result["curves"][place]])
             axis.errorbar(ALPHAS, curves.mean(0), sd(curves), label=place, capsize=2)
-        axis.set_title({"pmp": "PMP", "dense": "dense, with PMP's mask"}[variant])
+        axis.set_title(COMPARED[variant])
         axis.set_xlabel("alpha")
         for kind in ("random", "gradient"):
             means = {place: [1e3 * np.mean(result["curvature"][kind][place]) for result in results] for place in PLACES}

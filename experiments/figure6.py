@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from attacks import auc
-from common import gradient, markdown, mean_sd, picture, run, subplots
+from common import COMPARED, gradient, markdown, mean_sd, picture, run, subplots
 
 BINS = np.linspace(-12, 0, 61)  # of log10 |gradient|
 
@@ -29,15 +29,14 @@ def measure(lab, variant, seed):
 
 
 def script(lab):
-    found = lab.each("gradients", measure)
+    found = lab.compared("gradients", measure)
     figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
     rows = []
-    for axis, variant in zip(axes, ("pmp", "dense")):
-        results = found[variant]
+    for axis, (variant, results) in zip(axes, found.items()):
         for place in ("ticket", "complement"):
             counts = np.sum([result["histogram"][place] for result in results], 0)
             axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=place)
-        axis.set_title({"pmp": "PMP", "dense": "dense, with PMP's mask"}[variant])
+        axis.set_title(COMPARED[variant])
         axis.set_xlabel("log10 |gradient|, zeros left out")
         rows.append([variant, mean_sd([result["auc"] for result in results]),
                      *(mean_sd([100 * result["zero"][place] for result in results]) + " %"

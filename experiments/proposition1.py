@@ -9,7 +9,7 @@ says that the outsider's step raises the loss on the pre-training text, by at le
 
 import numpy as np
 
-from common import gradient, length, loss_beside, markdown, mean_sd, picture, run, sd, subplots
+from common import COMPARED, gradient, length, loss_beside, markdown, mean_sd, picture, run, sd, subplots
 
 SIZES = [0.001, 0.003, 0.01, 0.03, 0.1]  # length of the outsider's step over the norm of the weights
 BATCHES = 5
@@ -36,16 +36,15 @@ def measure(lab, variant, seed):
 
 
 def script(lab):
-    found = lab.each("one_step", measure)
+    found = lab.compared("one_step", measure)
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = []
-    for axis, variant in zip(axes, ("pmp", "dense")):
-        results = [result["change"] for result in found[variant]]
-        for arm in results[0]:
-            change = np.array([np.mean(result[arm], 0) for result in results])  # (models, sizes)
+    for axis, (variant, results) in zip(axes, found.items()):
+        for arm in results[0]["change"]:
+            change = np.array([np.mean(result["change"][arm], 0) for result in results])  # (models, sizes)
             axis.errorbar(SIZES, change.mean(0), sd(change), label=arm, capsize=2)
             rows.append([variant, arm, *(mean_sd(1e3 * change[:, i]) for i in range(len(SIZES)))])
-        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[variant], xscale="log",
+        axis.set(title=COMPARED[variant], xscale="log",
                  xlabel="length of the step / norm of the weights")
         axis.set_yscale("symlog", linthresh=1e-3)
     axes[0].set_ylabel("change of the pre-training loss")
