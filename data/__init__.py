@@ -1,1 +1,2 @@
-"""Text for pre-training: documents (sources.py), tokens (tokenizer.py), packed blocks (pack.py)."""
+"""shim"""
+from runtime.files import UserError, atomic, disk_errors  # noqa

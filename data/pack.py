@@ -295,6 +295,21 @@ class Blocks:
         """How many blocks of `block_size` tokens there are by now."""
         return self.file.state["tokens"] // block_size
 
+    def read(self, first, count, block_size):
+        if self.stream:
+            self._wait((first + count) * block_size)
+        n = self.n_blocks(block_size)
+        if n < count:
+            raise UserError(f"the {self.file.bin.stem} text has {n} blocks of {block_size} tokens, too small for a "
+                            f"batch of {count}: give --data more text, or use a smaller --batch-size or --block-size")
+        tokens, batch = self.file.memmap(), np.empty((count, block_size), np.int64)
+        for i, number in enumerate(range(first, first + count)):
+            epoch, number = divmod(number, n)
+            if epoch:
+                number = np.random.default_rng([self.seed, epoch]).permutation(n)[number]
+            batch[i] = tokens[number * block_size:(number + 1) * block_size]
+        return torch.from_numpy(batch)
+
     def batch(self, index, size, block_size):
         """Batch number `index`: blocks index*size … of the file, (size, block_size) torch.long. Waits for the stream.
 

@@ -18,6 +18,14 @@ except ImportError:  # Windows
 class UserError(Exception):
     """Something that the user can fix. The command lines print it as one sentence and exit with code 2."""
 
+    start, code = "error", 2
+
+
+class Stopped(UserError):
+    """Why a run that had begun cannot go on. Exit code 1."""
+
+    start, code = "stopped", 1
+
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNFIT_PATH = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
@@ -89,7 +97,7 @@ def lock(path):
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
+            mine = os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path))  # nobody deleted it
         except BlockingIOError:
             mine = False
         yield mine
@@ -123,6 +131,12 @@ def read_json(path):
     """The JSON object in a file. Raises UserError where there is none."""
     with open_regular(path) as file:
         return parse_json(file.read(), path)
+
+
+def write_json(path, content, mode=0o644):
+    """Write a JSON value, atomically."""
+    with atomic(path, mode) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 # ---- results: one JSON object a line -------------------------------------------------------------------------------
