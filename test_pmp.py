@@ -39,15 +39,21 @@ import torch.nn.functional as F
 
 import glue
 import pmp
-from data import UserError, pack, sources
+from data import pack, sources
 from data import tokenizer as tokenizer_module
 from data.pack import prepare
 from data.sources import SlimPajama, open_source
 from data.standin import sentences, write_standin
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
-from model import (GPT2Config, LlamaConfig, NextTokenLoss, add_lora, build, config_from_dict, config_to_dict,
-                   fingerprint, initial_value, initialise, load_folder, load_safetensors, merge_lora, save_folder,
-                   save_safetensors)
+from glue import add_lora, merge_lora
+from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
+from runtime import tensors
+from runtime.console import command_line
+from runtime.files import UserError
+from runtime.huggingface import config_from_dict, config_to_dict, load_folder, save_folder
+from runtime.machine import Machine
+from runtime.parallel import memory_per_rank
+from runtime.safetensors import fingerprint, load_safetensors, save_safetensors
 
 HERE = Path(__file__).parent
 
@@ -144,7 +150,7 @@ def test_a_folder_of_transformers_gives_the_same_logits_here(kind, dtype, tmp_pa
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
     idx = tokens()
-    assert (again(idx).logits - load_folder(tmp_path / "theirs")(idx)).abs().max() < 1e-4
+    assert (again(idx).logits - load_folder(tmp_path / "theirs", FAMILIES)(idx)).abs().max() < 1e-4
 
 
 def test_weights_saved_from_a_bare_body_open_too(tmp_path):
@@ -153,7 +159,7 @@ def test_weights_saved_from_a_bare_body_open_too(tmp_path):
     body = {name.removeprefix("transformer."): p for name, p in model.named_parameters()}
     body["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)  # a constant that old versions of transformers saved
     save_safetensors(tmp_path / "model.safetensors", body, {"format": "pt"})
-    assert torch.equal(load_folder(tmp_path)(tokens()), model(tokens()))
+    assert torch.equal(load_folder(tmp_path, FAMILIES)(tokens()), model(tokens()))
 
 
 @pytest.mark.parametrize("change, named", [
@@ -169,12 +175,13 @@ def test_weights_saved_from_a_bare_body_open_too(tmp_path):
 ])
 def test_a_config_that_needs_what_we_lack_is_refused_by_name(change, named):
     with pytest.raises(UserError, match=named):
-        config_from_dict({**config_to_dict(SMALL["llama"]), **change}, "config.json")
+        config_from_dict({**config_to_dict(SMALL["llama"], "llama"), **change}, FAMILIES, "config.json")
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_config_survives_its_json(kind):
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(SMALL[kind]))), "") == SMALL[kind]
+    written = json.dumps(config_to_dict(SMALL[kind], kind.partition("-")[0]))
+    assert config_from_dict(json.loads(written), FAMILIES, "") == SMALL[kind]
 
 
 def test_a_folder_with_a_missing_extra_or_misshapen_tensor_is_refused(tmp_path):
@@ -188,7 +195,7 @@ def test_a_folder_with_a_missing_extra_or_misshapen_tensor_is_refused(tmp_path):
         changed = {key: value for key, value in {**tensors, **change}.items() if value is not None}
         save_safetensors(tmp_path / "model.safetensors", changed, {})
         with pytest.raises(UserError, match=message):
-            load_folder(tmp_path)
+            load_folder(tmp_path, FAMILIES)
 
 
 def test_safetensors_agrees_with_the_real_package(tmp_path):
@@ -873,7 +880,7 @@ def exact_topk(scores, k):
 @pytest.mark.parametrize("piece", [7, 2**20])
 @pytest.mark.parametrize("kind", ["random", "constant", "tied", "zeros", "mostly zero", "tiny", "wide"])
 def test_topk_mask_is_the_exact_global_topk(kind, piece, monkeypatch):
-    monkeypatch.setattr(pmp, "PIECE", piece)
+    monkeypatch.setattr(tensors, "PIECE", piece)
     generator = torch.Generator().manual_seed(3)
     shapes = {"a": (17, 5), "b": (60,), "c": (3, 4, 5)}
     draw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -1054,7 +1061,7 @@ def secret_of(out):
 
 
 def test_a_real_run_leaves_the_complement_at_theta_0(finished):
-    model = load_folder(finished / "release")
+    model = load_folder(finished / "release", FAMILIES)
     params = dict(model.named_parameters())
     masks = pmp.load_mask(finished / "private" / "mask.safetensors", params)
     d = sum(p.numel() for p in params.values())
@@ -1080,7 +1087,8 @@ def test_a_run_says_what_it_does(finished):
     steps = [("I", step) for step in (1, 2, 3)] + [("II", step) for step in range(1, 7)]
     assert [(line["stage"], line["step"]) for line in lines] == steps
     assert all("val_loss" in line for line in lines[5::3]) and all(0 < line["iou"] < 1 for line in lines[1:3])
-    assert lines[3]["loss"] == pytest.approx(math.log(load_folder(finished / "release").config.vocab_size), abs=0.4)
+    vocabulary = load_folder(finished / "release", FAMILIES).config.vocab_size
+    assert lines[3]["loss"] == pytest.approx(math.log(vocabulary), abs=0.4)
 
 
 def test_the_release_holds_weights_config_and_tokenizer_alone(finished, flags, tmp_path):
@@ -1211,7 +1219,7 @@ def test_the_readme_has_every_flag_with_its_defaults():
 
 def bad(*flags, expect, capsys, code=2, main=pmp.main):
     with pytest.raises(SystemExit) as leave:
-        pmp.command_line(lambda: main([str(flag) for flag in flags]))
+        command_line(lambda: main([str(flag) for flag in flags]))
     error = capsys.readouterr().err
     assert leave.value.code == code and expect in error and "Traceback" not in error, error
 
@@ -1285,13 +1293,13 @@ def test_memory_per_rank_is_what_training_keeps(kind):
     optimizer = pmp.MaskedAdamW(params, masks, 0.1)
     random_gradients(params, 0)
     kept = {"weights": sum(p.nbytes for p in params.values()), "gradients": sum(p.grad.nbytes for p in params.values()),
-            "mask": sum(mask.nbytes for mask in masks.values()), "gathered": 0}
+            "masks": sum(mask.nbytes for mask in masks.values()), "gathered": 0}
     optimizer.step(1e-3)
-    kept["moments"] = sum(tensor.nbytes for tensor in optimizer.state().values())
-    assert pmp.memory_per_rank(SMALL[kind]) == kept and sum(kept.values()) == 17 * d
-    assert pmp.memory_per_rank(SMALL[kind], masked=False)["mask"] == 0
-    halves = pmp.memory_per_rank(SMALL[kind], ranks=2)
-    for what in ("weights", "gradients", "moments", "mask"):  # 97 rows give one rank a row more
+    kept["moments"] = sum(tensor.nbytes for name, tensor in optimizer.state().items() if ".step." not in name)
+    assert memory_per_rank(model, more=1) == kept and sum(kept.values()) == 17 * d
+    assert memory_per_rank(model)["masks"] == 0
+    halves = memory_per_rank(build(SMALL[kind], "meta"), ranks=2, more=1)
+    for what in ("weights", "gradients", "moments", "masks"):  # 97 rows give one rank a row more
         assert kept[what] / 2 <= halves[what] < kept[what] / 2 * 1.02
 
 
@@ -1324,7 +1332,7 @@ def wait_for(process, out, stage, step):
 
 def same_run(out, alone, tolerance):
     """The same mask, the complement at theta(0), weights within the tolerance relative to each tensor's norm."""
-    model, reference = load_folder(out / "release"), weights(alone)
+    model, reference = load_folder(out / "release", FAMILIES), weights(alone)
     params = dict(model.named_parameters())
     masks = pmp.load_mask(out / "private" / "mask.safetensors", params)
     theirs = pmp.load_mask(alone / "private" / "mask.safetensors", reference)
@@ -1393,7 +1401,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 import pmp
-from model import whole
+from runtime.parallel import leave_ranks, whole
 
 dist.init_process_group("gloo")
 folder, world = sys.argv[2], dist.get_world_size()
@@ -1410,7 +1418,7 @@ for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
     result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, pmp.topk_mask(split, 1000)))}
 if dist.get_rank() == 0:
     torch.save(result, f"{folder}/masks{world}")
-pmp.leave_ranks()
+leave_ranks()
 """
 
 
@@ -1699,7 +1707,7 @@ def test_metrics_worked_by_hand():
     assert glue.accuracy(predicted, true) == pytest.approx(4 / 6)
     assert glue.f1(predicted, true) == pytest.approx(2 * 2 / (3 + 3))
     assert glue.mcc(predicted, true) == pytest.approx((2 * 2 - 1 * 1) / 9)
-    assert glue.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    assert glue.places(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     assert glue.pearson([1, 2, 3], [1, 2, 4]) == pytest.approx(3 / (2 * 14 / 3) ** 0.5)
     assert glue.spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
     # clipped to 0, 0, 5, 5 and rounded (halves to even) to 2, 4; only the last differs from its label
@@ -1920,7 +1928,7 @@ def standin(tmp_path_factory):
 
 
 SETTINGS = glue.Settings(lr=3e-3, epochs=2, batch_size=8, max_length=32, dtype="fp32")
-CPU = pmp.Machine("cpu", "fp32")
+CPU = Machine("cpu", "fp32")
 
 
 def tuned(model, standin, method, masks=None, seed=0, settings=SETTINGS, name="rte", data=None):
@@ -1974,7 +1982,7 @@ def test_masked_lora_has_a_masked_product():
     layer = add_lora(model, 4, 8, masks)[0]
     torch.nn.init.normal_(layer.B)
     name = next(name for name, module in model.named_modules() if module is layer) + ".weight"
-    assert torch.equal(layer.weight() != layer.base.weight, masks[name] & (layer.B @ layer.A != 0))
+    assert torch.equal(layer.update() != 0, masks[name] & (layer.B @ layer.A != 0))
 
 
 def test_padding_does_not_change_a_prediction():
@@ -2125,293 +2133,3 @@ def test_glue_runs_as_typed(finished, standin, tmp_path):
                      script="glue.py", cwd=tmp_path)
     assert result.returncode == 0 and "rte base seed 42: RTE" in result.stdout, result.stderr
     assert json.loads((tmp_path / "glue.jsonl").read_text())["task"] == "rte"
-
-
-# -----------------------------------------------------------------------------
-# experiments
-
-
-sys.path.insert(0, str(HERE / "experiments"))
-import attacks
-import common
-import figure2
-import figure3
-import figure4
-import figure5
-import figure6
-import proposition1
-import table1
-import verdicts
-
-
-@pytest.fixture(scope="session")
-def models(finished, flags, tmp_path_factory):
-    """A work folder with three pre-trainings of each kind, which are the same one."""
-    work = tmp_path_factory.mktemp("work")
-    pmp.main([*flags, "--rho", "1.0", "--out", str(work / "dense-0")])
-    shutil.copytree(finished, work / "pmp-0")
-    for seed in (1, 2):
-        (work / f"dense-{seed}").symlink_to(work / "dense-0")
-        (work / f"pmp-{seed}").symlink_to(work / "pmp-0")
-    return work
-
-
-@pytest.fixture
-def nano(models, standin, tmp_path, monkeypatch):
-    """The flags of a script at a scale of seconds, and its results folder."""
-    scale = common.Scale({}, ("rte",), ("rte",), rows={"rte": 16}, select=16, rates=(1.0, 3.0), epochs=(1, 2),
-                         batch_size=8, max_length=32, text_blocks=4)
-    monkeypatch.setitem(common.SCALES, "quick", scale)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "quick").symlink_to(models)
-    return ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--glue-dir", str(standin),
-            "--device", "cpu"]
-
-
-def lab_of(nano):
-    found = []
-    common.run(lambda lab: found.append(lab) or "", "a test", nano)
-    (lab,) = found
-    lab.public = lambda index: lab.text[0].batch(index, 2, 32)  # less text than an attacker would take
-    return lab
-
-
-def test_a_script_runs_what_its_results_lack_and_nothing_twice(nano, capsys):
-    common.run(table1.script, "a test", nano)
-    lab = lab_of(nano)
-    lines = lab.path("finetune.jsonl").read_text().splitlines()
-    results = [json.loads(line) for line in lines]
-    assert all(result["hardware"] and result["weights"] and "lr" in result for result in results)
-    arms = {(r["key"]["model"], r["key"]["adversary"]) for r in results if r["key"]["on"] == "dev"}
-    assert arms == {(variant, stage.name) for stage, variant, _ in table1.STAGES}
-    first = capsys.readouterr().out.split("| stage")[-1]
-    lab.path("finetune.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # a kill tears the last line
-    common.run(table1.script, "a test", nano)
-    assert capsys.readouterr().out.split("| stage")[-1].splitlines()[:2] == first.splitlines()[:2]
-    again = lab.path("finetune.jsonl").read_text().splitlines()
-    assert again[:-1] == lines[:-1] and json.loads(again[-1])["key"] == json.loads(lines[-1])["key"]
-
-
-class NoPicture:
-    """Stands for matplotlib, which the tests do without: takes every call, as one axis or as many."""
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-    def __iter__(self):
-        return iter([self] * 3)
-
-    def __getitem__(self, index):
-        return self
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The names of the pictures that were drawn."""
-    names = []
-    for script in (figure2, figure3, figure4, figure5, figure6, proposition1):
-        monkeypatch.setattr(script, "subplots", lambda *size, **options: (NoPicture(), NoPicture()))
-        monkeypatch.setattr(script, "picture", lambda lab, name, figure: names.append(name))
-    return names
-
-
-def test_figures_2_to_4_have_each_arm_at_its_place(nano, drawn, monkeypatch):
-    lab = lab_of(nano)
-    monkeypatch.setattr(lab, "losses", lambda variant: [math.log(2.0 + list(common.VARIANTS).index(variant))] * 3)
-    monkeypatch.setattr(lab, "scores", lambda variant, task, adversary, *_: [
-        float(list(common.VARIANTS).index(variant)) + 10 * (adversary.name == "full") + i for i in range(3)])
-    monkeypatch.setattr(lab, "tune", lambda variant, pair, task, adversary, rate, epochs: {
-        "scores": {"RTE": {"last": {"accuracy": rate + 10 * epochs + 100 * (variant == "pmp")}}}})
-    two = figure2.script(lab)
-    assert "| EarlyBird | 1.10 ±0.00 | 3.0 | 2.00 ±1.00 | 12.00 ±1.00 |" in two
-    assert "| random mask | 1.39 ±0.00 | 4.0 | 3.00 ±1.00 | 13.00 ±1.00 |" in two
-    assert "| outsider, full | 12.00 ±1.00 |" in figure3.script(lab)
-    ratios, rates, epochs = figure4.script(lab).split("\n\n")
-    assert ratios.splitlines()[3] == ("| fine-tuned | 11.00 ±1.00 | 16.00 ±1.00 | 17.00 ±1.00 | 12.00 ±1.00 | "
-                                      "18.00 ±1.00 | 19.00 ±1.00 |")
-    assert "| PMP | 111.0 ±0.00 | 113.0 ±0.00 |" in rates and "| without PMP | 13.00 ±0.00 | 23.00 ±0.00 |" in epochs
-    assert drawn == ["figure2", "figure3", "figure4"]
-
-
-def test_figures_5_and_6_and_the_proposition_look_where_they_say(nano, drawn, monkeypatch):
-    monkeypatch.setattr(common, "SEEDS", 1)
-    monkeypatch.setattr(figure5, "DIRECTIONS", 2)
-    monkeypatch.setattr(proposition1, "BATCHES", 2)
-    monkeypatch.setattr(proposition1, "SIZES", [1e-5, 1e-3])
-    lab = lab_of(nano)
-    text = lab.held_out()[:2]
-    monkeypatch.setattr(lab, "held_out", lambda: text)
-    lab.tasks["docs"] = {"train": text.repeat(16, 1).cpu()}
-    for script, name in ((figure5, "landscape"), (figure6, "gradients"), (proposition1, "one_step")):
-        assert "| pmp |" in script.script(lab)
-        assert len(lab.read(name)) == 2  # a PMP model and a dense one
-    assert drawn == ["figure5", "figure6", "proposition1"]
-    for result in lab.read("landscape").values():
-        curves = np.array([result["curves"][place] for place in figure5.PLACES])  # (places, directions, alphas)
-        middle = result["alphas"].index(0.0)
-        assert np.ptp(curves[:, :, middle]) == 0  # every line goes through the release itself
-        assert (curves != curves[:, :, [middle]]).sum() == curves[:, :, 1:].size
-    for result in lab.read("one_step").values():
-        whole, ticket, rest = (np.array(result["change"][arm]) for arm in ("outsider", "authorised", "complement"))
-        assert whole[:, 0] == pytest.approx(ticket[:, 0] + rest[:, 0], rel=0.2)  # a small step is nearly linear
-
-
-def test_the_search_takes_the_best_rate_and_sees_no_row_that_it_is_scored_on(nano, monkeypatch):
-    lab, seen = lab_of(nano), []
-
-    def tune(variant, pair, task, adversary, rate, epochs, on="dev"):
-        seen.append((pair, rate, epochs, on))
-        return {"scores": {"RTE": {"last": {"accuracy": 50 + 10 * (rate == best) - epochs}}}}
-    monkeypatch.setattr(lab, "tune", tune)
-    for best, further in ((3.0, [9.0]), (1.0, [1 / 3])):  # it lies at an end, so that a rate beyond is tried too
-        seen.clear()
-        assert lab.search("pmp", "rte", common.FULL) == (best, 1)
-        assert seen == [((0, 0), rate, 1, "select") for rate in [1.0, 3.0, *further]] + [((0, 0), best, 2, "select")]
-    data = lab.task("rte", lab.release("pmp").tokenizer)
-    assert len(data["select"]) == 16 and len(data["train"]) == 48 and len(data["dev"]) == 40
-
-
-def test_what_another_process_is_at_work_on_is_left_to_it(nano):
-    lab = lab_of(nano)
-    ran = lab.once("some", {"a": 1}, lambda: {"inner": lab.once("some", {"a": 1}, lambda: {"b": 2})})
-    assert ran["inner"] is None  # the outer call holds the claim
-    assert lab.once("some", {"a": 1}, lambda: pytest.fail("it is done already"))["key"] == {"a": 1}
-
-
-def test_results_refuse_other_models_and_models_of_other_text(nano):
-    lab, path = lab_of(nano), lab_of(nano).path("models.jsonl")
-    lab.release("pmp")
-    mine = json.loads(path.read_text())
-    path.write_text(json.dumps({**mine, "weights": "of another"}) + "\n")
-    with pytest.raises(UserError, match="not the model of the results"):
-        lab.recognise(lab.release("pmp"))
-    path.write_text(json.dumps({**mine, "key": {"model": "dense", "pretrain_seed": 0}, "data": "other.txt"}) + "\n")
-    with pytest.raises(UserError, match="on other.txt: name other --results"):
-        lab.recognise(lab.release("pmp"))
-
-
-def test_other_text_is_learned_inside_the_ticket_alone_by_whoever_has_it():
-    model = small_model("llama")
-    masks = pmp.random_mask(dict(model.named_parameters()), 9000, b"m")
-    blocks = (torch.arange(40 * 16).view(40, 16) + torch.arange(40)[:, None]) % 7
-    data = {"train": blocks[:30], "dev": blocks[30:]}
-    settings = dataclasses.replace(SETTINGS, lr=1e-2, epochs=6)
-    for method, own in (("full", None), ("full", masks), ("lora", masks)):
-        body = copy.deepcopy(model)
-        result, _ = common.adapt(body, data, method, 0, settings, CPU, own)
-        if method == "lora":
-            merge_lora(body)
-        outside = sum(int((differs(body, model)[name] & ~masks[name]).sum()) for name in masks)
-        assert (outside == 0) == bool(own) and result["updates"] == 6 * 15
-        if method == "full":
-            assert result["scores"]["docs"]["last"]["accuracy"] > 80
-
-
-def test_the_loss_beside_the_weights_leaves_them_as_they_were():
-    model = small_model("llama")
-    before, idx = copy.deepcopy(model), tokens()
-    slope = common.gradient(model, idx, CPU)
-    step = -1e-3 / common.length(slope)
-    up, here, down = common.loss_beside(model, idx, slope, [-step, 0.0, step])
-    assert up > here > down and here == model(idx, idx).item()
-    assert abs((up - down) / 2e-3 / common.length(slope) - 1) < 0.05  # the slope is the gradient's length
-    assert not any(moved.any() for moved in differs(model, before).values())
-
-
-def test_auc_by_hand():
-    assert attacks.auc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 0.0])) == pytest.approx((3 + 1.5) / 6)
-    assert attacks.auc(torch.ones(5), torch.ones(4)) == 0.5
-    assert attacks.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
-
-
-def test_replaying_the_secret_gives_the_mask_and_another_one_nothing(nano):
-    lab = lab_of(nano)
-    masks = lab.release("pmp").masks
-    known = attacks.replay(lab, "pmp", secret_of(lab.release("pmp").out))
-    assert known["entries_recognised"] >= known["frozen"] == sum(int((~mask).sum()) for mask in masks.values())
-    assert known["iou"] > 0.99 > 0.75 > attacks.replay(lab, "pmp", b"another")["iou"]
-
-
-def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(nano):
-    lab = lab_of(nano)
-    for name in attacks.SCORES:
-        assert 0 <= attacks.recovery(lab, name, 0)["iou"] <= 1
-    assert abs(attacks.recovery(lab, "random", 0)["auc"] - 0.5) < 0.01
-    assert attacks.recovery(lab, "gradient, 1 batch", 0)["auc"] > 0.6
-    guess = attacks.guess(lab, lab.release("pmp"), "constants that never moved")
-    for name, mask in guess.items():  # a gain that is not 1 any more was in the ticket
-        if "norm" in name:
-            assert (lab.release("pmp").masks[name] | ~mask | (dict(
-                lab.release("pmp").body.named_parameters())[name] == 1)).all()
-
-
-def test_the_release_folder_holds_nothing_of_the_mask_and_the_check_can_fail(nano, tmp_path, models):
-    lab = lab_of(nano)
-    leak = attacks.leak(lab)
-    assert leak["same_files"] and leak["same_header"] and not leak["differing"]
-    shutil.copytree(models / "pmp-0", tmp_path / "told")
-    config = tmp_path / "told" / "release" / "config.json"
-    config.write_text(config.read_text().replace("{", '{"rho": 0.7,', 1))
-    lab.release("pmp").out = tmp_path / "told"
-    assert attacks.leak(lab)["differing"] == ["config.json"]
-
-
-def test_there_are_27_adversaries_and_each_changes_what_it_says(nano):
-    outsiders = attacks.PLAIN + attacks.SUSPICIOUS
-    assert len({adversary.name for adversary in outsiders}) == len(outsiders) >= 27
-    lab = lab_of(nano)
-    release = lab.release("pmp")
-    for adversary in outsiders:
-        masks = adversary.mask and adversary.mask(lab, release)
-        body = copy.deepcopy(release.body)
-        if adversary.change and "continue" not in str(adversary.change):
-            adversary.change(lab, release, body)
-            assert any(moved.any() for moved in differs(body, release.body).values()), adversary.name
-        if adversary.method != "full":
-            continue
-        params, before = dict(body.named_parameters()), copy.deepcopy(body)
-        optimizer = adversary.optimizer(params, masks, 0.0, (0.9, 0.999))
-        for p in params.values():
-            p.grad = torch.ones_like(p)
-        optimizer.step(1e-3, 1.0)
-        moved = differs(body, before)
-        outside = sum(int((moved[name] & ~masks[name]).sum()) for name in masks) if masks else 0
-        assert any(m.any() for m in moved.values()) and outside == 0, adversary.name
-        if adversary.name == "attention and head":
-            assert {name for name, m in moved.items() if m.any()} == {
-                name for name in params if "attn" in name or "head" in name}
-
-
-def test_lion_steps_by_the_sign_and_a_step_that_is_not_finite_changes_nothing():
-    p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-    lion = attacks.other(attacks.Lion)({"layers.0.w": p}, None, 0.0, None)
-    p.grad = torch.tensor([0.5, -0.1, 0.0])
-    lion.step(0.01, 1.0)
-    assert p.tolist() == pytest.approx([0.99, 2.01, 3.0])
-    p.grad = torch.tensor([math.nan, 0.0, 0.0])
-    with pytest.raises(FloatingPointError):
-        lion.step(0.01, 1.0)
-    assert p.tolist() == pytest.approx([0.99, 2.01, 3.0])
-
-
-def test_a_verdict_needs_the_whole_interval_on_one_side():
-    assert verdicts.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / 3**0.5))
-    assert verdicts.judge([(2.0, 1.0)]) == "**holds**"
-    assert verdicts.judge([(2.0, 3.0)]) == "**cannot tell**"
-    assert verdicts.judge([(-2.0, 1.0)]) == "**does not hold**"
-    assert verdicts.judge([(20.0, 1.0), (-5.0, 1.0)]) == "**does not hold**"
-
-
-def test_the_verdicts_in_the_readme_are_what_the_results_say(capsys, monkeypatch):
-    monkeypatch.setattr(common.Lab, "release", lambda lab, *what: pytest.fail(f"the results lack some of {what}"))
-    common.run(verdicts.script, "a test", ["--scale", "laptop", "--device", "cpu"])
-    table = capsys.readouterr().out.split("\n\n")[-1].strip()
-    assert table.startswith("| claim of the paper") and table in (HERE / "README.md").read_text()
-
-
-def test_bad_flags_of_an_experiment_are_one_sentence(capsys, tmp_path):
-    def main(argv):
-        common.Lab(common.parse(argv, "a test"))
-    bad("--scale", "huge", expect="huge", capsys=capsys, main=main)
-    bad("--scael", "laptop", expect="--scael", capsys=capsys, main=main)
-    bad("--device", "warp", "--results", tmp_path, "--work", tmp_path, expect="warp", capsys=capsys, main=main)

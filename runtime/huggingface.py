@@ -102,6 +102,11 @@ def load_folder(folder, families):
     Raises UserError where the folder is none, needs what we do not have, or lacks or adds a tensor.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}: names are not fetched from a hub, give a folder such as "
+                        "out/release")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is a PEFT adapter: merge it into its model first (merge_and_unload)")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no model folder (it has no config.json): name one such as out/release")
     config = config_from_dict(read_json(folder / "config.json"), families, folder / "config.json")
