@@ -194,12 +194,9 @@ def assemble_mrpc(folder):
                     file.write(line.encode())
 
 
-def check_files(name, folder):
-    """Raise UserError where a file of task `name` is missing."""
-    for file in TASKS[name].files:
-        path = Path(folder) / file
-        require(path.is_file(), f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official "
-                                "zips are")
+def check_file(path):
+    """Raise UserError where a task's file is missing."""
+    require(path.is_file(), f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips")
 
 
 def load_task(name, folder):
@@ -209,13 +206,13 @@ def load_task(name, folder):
     not UTF-8, or without rows, and at a row that is malformed or whose label is unknown.
     """
     task = TASKS[name]
-    check_files(name, folder)
     return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.rows, task.files, strict=True)}
 
 
 def read_tsv(task, path):
     """The rows of one file. The files know no quoting: a tab ends a cell, a line feed ends a row, nothing else does
     (csv's quotes, or the line ends of str.splitlines, would lose rows without a word)."""
+    check_file(path)
     rows, skipped, number = [], 0, 0
     width = None if task.header else max(*task.text, task.label) + 1
     try:
@@ -745,8 +742,8 @@ def sweep(release, runs, results, glue_dir, data_name, settings, machine, compil
     """
     common = {"weights": release.weights, "authorised": bool(release.masks), "data": data_name,
               "settings": asdict(settings) | {"dtype": machine.dtype}}
-    for name in dict.fromkeys(task for task, _, _ in runs):
-        check_files(name, glue_dir)
+    for file in {file for name, _, _ in runs for file in TASKS[name].files}:
+        check_file(Path(glue_dir) / file)
     at_work = 0
     encoded = {}
     for name, method, seed in runs:

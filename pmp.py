@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from data.pack import prepare
-from model import GPT2Config, LlamaConfig, build, initial_value, initialise, parts_by_kind, secret_generator
+from model import KINDS, GPT2Config, LlamaConfig, build, initial_value, initialise, parts_by_kind, secret_generator
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
 from runtime.files import Stopped, UserError, write_json
 from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks, place,
-                              split_like, whole)
+                              share, split_like, whole)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
 from runtime.tensors import bits, checksum, multiply_, shrink_, top_k
 from runtime.training import Reader, gradient, mean_loss
@@ -382,7 +382,7 @@ def density_by_kind(masks):
         for kind, part in parts_by_kind(name, whole(mask)):
             kept[kind] = kept.get(kind, 0) + int(part.sum())
             size[kind] = size.get(kind, 0) + part.numel()
-    return {kind: kept[kind] / size[kind] for kind in kept}
+    return {kind: kept[kind] / size[kind] for kind in KINDS if kind in size}
 
 
 def release(run, masks):
@@ -435,6 +435,7 @@ class Run:
         """secret: bytes that theta(0) is drawn from; folder: Folder; stop: StopRequest, true when the user asks."""
         self.config, self.secret, self.folder, self.stop = config, secret, folder, stop
         self.machine = Machine(config.device, config.dtype)
+        from_first(share, config.sequences)  # what cannot be shared shows once, and before anything is prepared
         tokenizer = PRESETS[config.preset].tokenizer
         self.tokens = config.sequences * config.block_size  # in an update
         self.tokenizer, train, validation = first_then_others(lambda: prepare(
