@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import glue
 import pmp
-from data import UserError, pack, sources
+from data import pack, sources
 from data import tokenizer as tokenizer_module
 from data.pack import prepare
 from data.sources import SlimPajama, open_source
@@ -48,6 +48,8 @@ from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
 from model import (GPT2Config, LlamaConfig, NextTokenLoss, add_lora, build, config_from_dict, config_to_dict,
                    fingerprint, initial_value, initialise, load_folder, load_safetensors, merge_lora, save_folder,
                    save_safetensors)
+from runtime import http
+from runtime.files import UserError
 
 HERE = Path(__file__).parent
 
@@ -383,21 +385,29 @@ def test_prose_is_english_unrepeated_and_the_same_each_time():
     assert sum(text.count(" the ") for text in texts) > 10_000
 
 
+GOOD = b'{"text": "good"}\n'
 BAD_CORPORA = {  # a missing file and one that is too small for a batch are among the bad flags of the command line
-    "folder.txt": ("folder", "is a folder"),
+    "folder.txt": (Path.mkdir, "is a folder"),
+    "fifo.txt": (os.mkfifo, "no regular file"),
+    "device.txt": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    "dangling.txt": (lambda path: path.symlink_to("nowhere"), "there is no data"),
+    "loop.txt": (lambda path: path.symlink_to(path), "there is no data"),
+    300 * "n" + ".txt": (lambda path: None, "name too long"),
     "a.pdf": (b"text", "neither .txt nor .jsonl"),
     "empty.txt": (b"", "holds no text"),
     "blank.txt": (b" \n\n\t ", "holds no text"),
     "empty.jsonl": (b"", "holds no text"),
     "textless.jsonl": (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
-    "nojson.jsonl": (b'{"text": "good"}\n\n{"text": \n', "line 3 is not JSON"),
-    "notext.jsonl": (b'{"text": "good"}\n{"txt": "bad"}\n', 'line 2 has no string "text"'),
-    "number.jsonl": (b'{"text": "good"}\n{"text": 5}\n', 'line 2 has no string "text"'),
+    "nojson.jsonl": (GOOD + b'\n{"text": \n', "line 3 is not JSON"),
+    "deep.jsonl": (GOOD + b"[" * 100_000, "line 2 is not JSON"),
+    "digits.jsonl": (GOOD + b"1" * 100_000, "line 2 is not JSON"),
+    "notext.jsonl": (GOOD + b'{"txt": "bad"}\n', 'line 2 has no string "text"'),
+    "number.jsonl": (GOOD + b'{"text": 5}\n', 'line 2 has no string "text"'),
     "list.jsonl": (b'["text"]\n', 'line 1 has no string "text"'),
-    "bytes.jsonl": (b'{"text": "good"}\n{"text": "\xff\xfe"}\n', "line 2 is not UTF-8"),
+    "bytes.jsonl": (GOOD + b'{"text": "\xff\xfe"}\n', "line 2 is not UTF-8"),
     "bytes.txt": (b"good \xff\xfe", "is not UTF-8"),
-    "damaged.jsonl.gz": (gzip.compress(b'{"text": "good"}\n' * 999)[:-20], "damaged"),
-    "damaged.jsonl.xz": (lzma.compress(b'{"text": "good"}\n' * 999)[:-20], "damaged"),
+    "damaged.jsonl.gz": (gzip.compress(GOOD * 999)[:-20], "damaged"),
+    "damaged.jsonl.xz": (lzma.compress(GOOD * 999)[:-20], "damaged"),
     "other.txt.gz": (b"no archive", "damaged"),
 }
 
@@ -405,10 +415,10 @@ BAD_CORPORA = {  # a missing file and one that is too small for a batch are amon
 @pytest.mark.parametrize("name", BAD_CORPORA)
 def test_a_bad_corpus_is_named_in_one_sentence(tmp_path, name):
     content, complaint = BAD_CORPORA[name]
-    if content == "folder":
-        (tmp_path / name).mkdir()
-    else:
+    if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
+    else:
+        content(tmp_path / name)
     with pytest.raises(UserError, match=complaint) as caught:
         prepared(tmp_path / name, tmp_path / "cache")
     assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -452,12 +462,14 @@ def pajama(server, monkeypatch):
             body = body[:len(body) // 2]
         if fault == "html":
             body = b"<html>sorry</html>"
+        if fault == "deep":
+            body = b"[" * 100_000
         headers = dict([header.split(": ")]) if header else {}
         return int(status), headers, body, 100 if fault == "drop" else len(body)
 
     server.respond = respond
     monkeypatch.setattr(sources, "ROWS_URL", server.url + "rows")
-    monkeypatch.setattr(sources, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
     yield server
     server.go_on.set()
 
@@ -466,7 +478,7 @@ def test_slimpajama_gives_each_row_once_whatever_the_server_does(pajama):
     pajama.faults = {
         ("train", 0): ["429", "500", "half"],
         ("train", 100): ["drop", "429 Retry-After: 0.05", "502"],
-        ("train", 200): ["short", "shifted", "shrunk", "truncated", "html"],
+        ("train", 200): ["short", "shifted", "shrunk", "truncated", "html", "deep"],
         ("train", 1000): ["503", "drop", "500 X-Error-Code: ResponseNotReady"],
     }
     assert list(SlimPajama().documents("train")) == list(enumerate(pajama.texts["train"]))
@@ -488,14 +500,28 @@ def test_slimpajama_waits_as_long_as_the_server_says(pajama):
     next(SlimPajama().documents("train"))
     first, second = (at for *_, at in pajama.asked)
     assert second - first >= 0.3
-    assert sources.retry_after("7") == 7 and sources.retry_after(None) == 0 and sources.retry_after("soon") == 0
-    assert 20 < sources.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert sources.retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
+
+
+@pytest.mark.parametrize("value, least, most", [
+    ("7", 7, 7), (None, 0, 0), ("soon", 0, 0), ("-3", 0, 0), ("nan", 0, 0),
+    (email.utils.formatdate(time.time() + 3600, usegmt=True), 3000, 3600),
+    (email.utils.formatdate(time.time() - 3600, usegmt=True), 0, 0),
+])
+def test_retry_after_is_seconds_or_a_date(value, least, most):
+    assert least <= http.retry_after(value) <= most
+
+
+def test_a_long_wait_is_announced_and_an_endless_one_is_not_waited(pajama, monkeypatch, capsys):
+    monkeypatch.setattr(http, "NOTICEABLE", 0.05)
+    pajama.faults = {("train", 0): ["429 Retry-After: 0.1"], ("train", 100): ["429 Retry-After: 1e12"]}
+    with pytest.raises(UserError, match="row 100 of train"):
+        list(SlimPajama().documents("train"))
+    assert "SlimPajama: HTTP 429" in capsys.readouterr().err
 
 
 def test_slimpajama_gives_up_after_long_failure_naming_row_and_error(pajama, monkeypatch):
     monkeypatch.setattr(sources, "GIVE_UP", 0.3)
-    monkeypatch.setattr(sources, "BACKOFF_CAP", 0.02)
+    monkeypatch.setattr(http, "BACKOFF_CAP", 0.02)
     pajama.faults = {("train", 100): ["500"] * 1000}
     with pytest.raises(UserError, match="row 100 of train.*HTTP 500.*made-up 500.*same command again"):
         list(SlimPajama().documents("train"))
@@ -520,7 +546,7 @@ def test_slimpajama_stays_below_500_requests_in_5_minutes(monkeypatch):
         asked.append(now[0])
         now[0] += 0.01
         rows = [{"row_idx": i, "row": {"text": "x"}} for i in range(params["offset"], params["offset"] + 100)]
-        return types.SimpleNamespace(status_code=200, json=lambda: {"rows": rows, "num_rows_total": 150_000})
+        return types.SimpleNamespace(ok=True, json=lambda: {"rows": rows, "num_rows_total": 150_000})
 
     monkeypatch.setattr(sources, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     source = SlimPajama()
@@ -670,7 +696,7 @@ def test_packing_loses_and_repeats_no_token(tmp_path):
     assert collections.Counter(found) == collections.Counter(texts)
     block = 32
     n = train.n_blocks(block)
-    blocks = [train.batch(i, 1, block) for i in range(n)]
+    blocks = [train.read(i, 1, block) for i in range(n)]
     assert np.concatenate(blocks).ravel().tolist() == train.file.memmap()[:n * block].tolist()
 
 
@@ -688,16 +714,19 @@ def test_shuffling_is_seeded_and_stays_inside_the_buffer(tmp_path):
 def test_later_epochs_read_each_block_once_in_another_order(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
     _, train, _ = prepared(path, tmp_path / "cache", 100)
-    first = train.batch(0, 4, 16)
+    begin = train.read(0, 4, 16)
     packed(train)
     n = train.n_blocks(16)
-    blocks = [tuple(train.batch(i, 1, 16)[0].tolist()) for i in range(3 * n)]
+    blocks = [tuple(train.read(i, 1, 16)[0].tolist()) for i in range(3 * n)]
     epochs = [blocks[:n], blocks[n:2 * n], blocks[2 * n:]]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert (first == train.batch(0, 4, 16)).all()
-    at = n // 5  # a batch across the end of an epoch
-    assert [tuple(row) for row in train.batch(at, 5, 16).tolist()] == blocks[5 * at:5 * at + 5]
+    assert (begin == train.read(0, 4, 16)).all()
+    across = train.read(n - 2, 6, 16)  # the end of an epoch
+    assert [tuple(block) for block in across.tolist()] == blocks[n - 2:n + 4]
+    assert torch.equal(across, torch.cat([train.read(n - 2, 3, 16), train.read(n + 1, 3, 16)]))  # shared by two ranks
+    with pytest.raises(UserError, match=f"train text has {n} blocks of 16 tokens.*batch of {n + 1}.*--batch-size"):
+        train.read(0, n + 1, 16)
 
 
 def test_a_second_run_reads_the_same_bytes_with_no_request(pajama, tmp_path):
@@ -705,7 +734,7 @@ def test_a_second_run_reads_the_same_bytes_with_no_request(pajama, tmp_path):
     data = packed(train)
     pajama.asked.clear()
     tokenizer, again, validation = prepared("slimpajama", tmp_path, shuffle_buffer=300)
-    assert again.batch(0, 8, 32).shape == (8, 32) and validation.batch(0, 2, 32).shape == (2, 32)
+    assert again.read(0, 8, 32).shape == (8, 32) and validation.read(0, 2, 32).shape == (2, 32)
     assert packed(again) == data and pajama.asked == []
     assert decode_documents(tokenizer, validation.file.bin.read_bytes()) == pajama.texts["validation"]
 
@@ -781,7 +810,7 @@ def test_a_torn_end_is_cut_off_and_a_later_run_wanting_more_goes_on(tmp_path, mo
     _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=100)
     expected = packed(train)
     _, train, _ = prepared(path, tmp_path / "torn", 1000, shuffle_buffer=100)
-    train.batch(0, 4, 32)
+    train.read(0, 4, 32)
     train.stream.thread.join()
     assert 1000 <= train.file.state["tokens"] < len(expected) / 4
     with open(train.file.bin, "ab") as file:
@@ -798,24 +827,63 @@ def flip(path):
     path.write_bytes(data)
 
 
+def into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def edited(**entries):
+    """Damage to a JSON file: other entries."""
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
 @pytest.mark.parametrize("name, damage, complaint", [
     ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "train.bin is too short"),
     ("train.bin", lambda path: path.unlink(), "train.bin is too short"),
     ("train.bin", flip, "train.bin is damaged"),
+    ("train.bin", into_folder, "train.bin is no regular file"),
     ("validation.bin", flip, "validation.bin is damaged"),
+    ("validation.json", into_folder, "validation.json is no regular file"),
+    ("train.json", into_folder, "train.json is no regular file"),
     ("train.json", lambda path: path.unlink(), "train.json is missing"),
-    ("train.json", lambda path: path.write_text("{"), "train.json is damaged"),
-    ("train.json", lambda path: path.write_text("[]"), "train.json is damaged"),
-    ("train.json", lambda path: path.write_text(path.read_text().replace('"seed": 42', '"seed": 3')), "of other data"),
-    ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "tokenizer.json cannot be read"),
+    ("train.json", lambda path: path.write_text("{"), "train.json is not JSON"),
+    ("train.json", lambda path: path.write_text("[" * 100_000), "train.json is not JSON"),
+    ("train.json", lambda path: path.write_text("[]"), "train.json is not a JSON object"),
+    ("train.json", lambda path: path.write_text("{}"), "train.json is damaged"),
+    ("train.json", edited(tokens=-2), "train.json is damaged"),
+    ("train.json", edited(tokens="8"), "train.json is damaged"),
+    ("train.json", edited(tokens=True), "train.json is damaged"),
+    ("train.json", edited(rows=1.5), "train.json is damaged"),
+    ("train.json", edited(done=None), "train.json is damaged"),
+    ("train.json", edited(tokens=10**15), "train.bin is too short"),
+    ("train.json", edited(identity={"seed": 3}), "of other data"),
+    ("lock", into_folder, "cannot use .*lock"),
+    ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "tokenizer.json is not JSON"),
 ])
 def test_a_damaged_or_foreign_cache_is_named(tmp_path, name, damage, complaint):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
     _, train, _ = prepared(path, tmp_path / "cache")
     packed(train)
-    damage(train.file.bin.parent / name)
-    with pytest.raises(UserError, match=complaint):
-        prepared(path, tmp_path / "cache")
+    folder = train.file.bin.parent
+    if name == "lock":  # it is needed where there is something to prepare
+        (folder / "train.json").unlink(), (folder / "train.bin").unlink()
+    damage(folder / name)
+    with pytest.raises(UserError, match=complaint) as caught:
+        packed(prepared(path, tmp_path / "cache")[1])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_killed_processes_left_half_written_goes_and_a_line_without_its_end_is_torn(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "CHUNK", 10)
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=100)
+    expected = packed(train)
+    _, train, _ = prepared(path, tmp_path / "torn", 0, shuffle_buffer=100)
+    folder = train.file.bin.parent
+    (folder / "train.json.0badcafe.partial").write_text("half")
+    (folder / "window.spool").write_text(json.dumps(next(open_source(path).documents("train"))))
+    _, train, _ = prepared(path, tmp_path / "torn", shuffle_buffer=100)
+    assert packed(train) == expected and not list(folder.glob("*.partial"))
 
 
 def test_a_changed_corpus_does_not_read_the_old_cache(tmp_path):
@@ -842,20 +910,20 @@ def test_what_stops_the_stream_reaches_the_reader_but_only_when_it_needs_more(tm
         file.write("bad\n")
     monkeypatch.setattr(tokenizer_module, "TRAINING_CHARACTERS", 10_000)  # the tokenizer stops before the bad line
     _, train, _ = prepared(path, tmp_path, shuffle_buffer=50, validation_tokens=10)
-    assert train.batch(0, 2, 32).shape == (2, 32)
+    assert train.read(0, 2, 32).shape == (2, 32)
     with pytest.raises(UserError, match="line 1001 is not JSON"):
         packed(train)
-    assert train.batch(1, 2, 32).shape == (2, 32)
+    assert train.read(2, 2, 32).shape == (2, 32)
 
 
 def test_prose_is_prepared_once_and_read_from_the_cache_afterwards(tmp_path, monkeypatch):
     tokenizer, train, validation = prepared("prose", tmp_path)
     packed(train)
     assert tokenizer.size == 4096 and validation.n_blocks(256) > 50 and train.n_blocks(256) > 3000
-    first = train.batch(0, 8, 256)
+    first = train.read(0, 8, 256)
     monkeypatch.setattr(sources.Prose, "documents", None)  # nobody may ask for them again
     _, train, _ = prepared("prose", tmp_path)
-    assert torch.equal(train.batch(0, 8, 256), first)
+    assert torch.equal(train.read(0, 8, 256), first)
 
 
 # -----------------------------------------------------------------------------
@@ -1589,7 +1657,7 @@ def site(server, monkeypatch):
     server.respond = respond
     monkeypatch.setattr(glue, "GLUE_URL", server.url)
     monkeypatch.setattr(glue, "MRPC_URL", server.url)
-    monkeypatch.setattr(glue, "BACKOFF", 0.001)
+    monkeypatch.setattr(http, "BACKOFF", 0.001)
     return server
 
 
@@ -1682,8 +1750,9 @@ def test_mrpc_is_put_together_from_its_files(site, monkeypatch, tmp_path):
 
 
 def test_an_address_that_cannot_be_reached_is_one_sentence_with_the_way_out(site, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"CoLA\.zip \(404\): .*--glue-dir.*--standin"):
+    with pytest.raises(UserError, match=r"CoLA\.zip \(HTTP 404\): .*--glue-dir.*--standin"):
         glue.fetch("cola", tmp_path)
+    assert len(site.asked) == 1  # refused for good
     monkeypatch.setattr(glue, "GLUE_URL", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match=r"CoLA\.zip \(ConnectionError\): .*--glue-dir.*--standin") as caught:
         glue.fetch("cola", tmp_path)
