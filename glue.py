@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-import random
+import shutil
 import time
 import zipfile
 from collections import defaultdict
@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +31,7 @@ from model import FAMILIES, Conv1D, initialise
 from pmp import MaskedAdamW, load_mask
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
 from runtime.files import Results, UserError, atomic, disk_errors
+from runtime.http import Failed, Refused, get, repeat
 from runtime.huggingface import load_folder
 from runtime.machine import Machine
 from runtime.parallel import first_then_others, from_first, join_ranks, leave_ranks, wait_for_ranks
@@ -42,8 +42,8 @@ from runtime.safetensors import fingerprint
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 CACHE = Path(__file__).parent / "data" / "cache" / "glue"
-TRIES, BACKOFF = 4, 1.0  # a download's attempts; seconds before the second one, doubled for each further one
-TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
+TRIES = 4  # a download's attempts
+PARTIAL_CONTENT = 206  # HTTP's status of an answer to a range
 LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
 
 
@@ -106,7 +106,8 @@ def fetch(name, folder=CACHE):
     task, folder = TASKS[name], Path(folder)
     if all((folder / file).exists() for file in task.files):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for file, (size, sha256) in task.downloads.items():
         address = MRPC_URL if file.startswith("msr_") else GLUE_URL
         download(address + file, folder / file, size, sha256)
@@ -122,47 +123,48 @@ def fetch(name, folder=CACHE):
 def download(url, path, size, sha256):
     """Fetch `url` into `path`, which appears only when it is whole and its `size` (bytes) and `sha256` are right.
 
-    A download that broke off, in this run or an earlier one, goes on where it stopped. Raises UserError when it still
-    fails after TRIES attempts.
+    A download that broke off, in this run or an earlier one, goes on where it stopped. Raises UserError when the server
+    refuses it, or after TRIES failures.
     """
     if path.exists():  # it was checked before it got its name
         return
     partial = path.with_name(path.name + ".part")
     print(f"fetching {url} ({size / 1e6:.1f} MB)", flush=True)
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        have = partial.stat().st_size if partial.exists() else 0
-        try:
-            if have < size:
-                receive(url, partial, have)
-        except requests.RequestException as error:
-            problem = f"cannot fetch {url} ({getattr(error.response, 'status_code', type(error).__name__)})"
-            continue
-        have = partial.stat().st_size
+    try:
+        repeat(lambda: receive(url, partial, size, sha256), path.name, TRIES)
+    except Failed as error:
+        if isinstance(error, Refused):  # perhaps just the range: a later run starts from the first byte
+            partial.unlink(missing_ok=True)
+        raise UserError(f"cannot fetch {url} ({error}): give a folder that has the TSVs with --glue-dir, or use "
+                        "--standin") from None
+    with disk_errors(path):
+        partial.replace(path)
+
+
+def receive(url, partial, size, sha256):
+    """Append to `partial` what it still lacks of `url`, and check the whole.
+
+    A server that ignores the range starts at the first byte again, and so do we. Raises what `repeat` repeats;
+    UserError when the disk is full.
+    """
+    with disk_errors(partial), open(partial, "ab") as file:
+        have = file.tell()
         if have < size:
-            problem = f"{url} ended after {have:,} of {size:,} bytes"
-            continue
-        with open(partial, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                partial.replace(path)
-                return
-        partial.unlink()  # nothing of it can be trusted: start again
-        problem = f"{url} does not have the size and sha256 of the official file"
-    raise UserError(f"{problem}: give a folder that has the TSVs with --glue-dir, or use --standin")
-
-
-def receive(url, partial, have):
-    """Append to `partial` (which has `have` bytes) what `url` still has to send. A server that ignores the range starts
-    at the first byte again, and so do we. Raises requests.RequestException; UserError when the disk is full."""
-    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # a range counts the bytes as they are sent
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        answer.raise_for_status()
-        with open(partial, "ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
-            with disk_errors(partial):
+            headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # a range counts the bytes sent
+            with get(url, headers=headers, stream=True) as answer:
+                if answer.status_code != PARTIAL_CONTENT:
+                    file.truncate(0)
                 for chunk in answer.iter_content(2**16):
                     file.write(chunk)
-                file.flush()
+                    if file.tell() > size:
+                        break  # it is another file
+            have = file.tell()
+    if have < size:
+        raise Failed(f"it ended after {have:,} of {size:,} bytes")
+    with open(partial, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            partial.unlink()  # nothing of it can be trusted: start again
+            raise Failed("it does not have the size and sha256 of the official file")
 
 
 def unpack(archive, folder, files):
@@ -175,8 +177,7 @@ def unpack(archive, folder, files):
         for file in files:
             (folder / file).parent.mkdir(exist_ok=True)
             with atomic(folder / file) as target, entries.open(file) as source:
-                while chunk := source.read(2**20):
-                    target.write(chunk)
+                shutil.copyfileobj(source, target, 2**20)
 
 
 def assemble_mrpc(folder):
@@ -187,11 +188,9 @@ def assemble_mrpc(folder):
         header, *lines = [line.rstrip("\r\n") + "\n" for line in file]
     (folder / "MRPC").mkdir(exist_ok=True)
     for split in ("train", "dev"):
+        chosen = [line for line in lines if (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev")]
         with atomic(folder / "MRPC" / f"{split}.tsv") as file:
-            file.write(header.encode())
-            for line in lines:
-                if (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev"):
-                    file.write(line.encode())
+            file.write("".join([header, *chosen]).encode())
 
 
 def check_file(path):

@@ -395,7 +395,7 @@ def release(run, masks):
                             "COMPLEMENT_MOVES in pmp.py")
         save_mask(run.folder.private / "mask.safetensors", masks, params)
     save_folder(run.folder.release, run.model)
-    from_first(run.tokenizer.save, run.folder.release)
+    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
 
 
 # -----------------------------------------------------------------------------

@@ -1,2 +1,1 @@
-"""shim"""
-from runtime.files import UserError, atomic, disk_errors  # noqa
+"""Text for pre-training: documents (sources.py), tokens (tokenizer.py), packed blocks (pack.py)."""

@@ -10,7 +10,7 @@ import random
 import re
 from pathlib import Path
 
-from . import UserError, atomic
+from runtime.files import UserError, atomic
 
 LIMITS = re.compile(r"\b(?:if|unless|when|must|should|not|no|never|cannot|only|without|may|but)\b|n't\b", re.I)
 
@@ -129,7 +129,7 @@ def write_standin(folder, texts, seed=0, train=400, dev=150):
             rng.shuffle(drawn)
             rows = [header] if name != "CoLA" else []
             for i, cells in enumerate(drawn):
-                filled = dict(zip(columns, cells))
+                filled = dict(zip(columns, cells, strict=True))
                 rows.append([filled.get(column, str(i)) for column in range(len(header))])
             path = Path(folder) / name / f"{split}.tsv"
             path.parent.mkdir(parents=True, exist_ok=True)
