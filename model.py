@@ -1,8 +1,8 @@
 """GPT-2 and LLaMA by hand.
 
 Parameter names and shapes are Hugging Face's, so that a release opens in transformers and a plain Hugging Face folder
-opens here. The chapter runs: sizes, what both families share, GPT-2, LLaMA, the initial weights theta(0), and what kind
-of layer a parameter belongs to.
+opens here. The chapter runs: sizes, what both families share, GPT-2, LLaMA, the initial weights theta(0), the kinds of
+layers, and a command that continues a text.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime.console import Parser, command_line, require
+from runtime.huggingface import load_folder
 from runtime.parallel import assign
 
 # -----------------------------------------------------------------------------
@@ -90,7 +92,8 @@ class Model(nn.Module):
         """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new)."""
         random = torch.Generator(device=idx.device).manual_seed(seed)  # leaves the training's generators alone
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.max_positions:])[:, -1].float() / temperature  # (1, V)
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+                logits = self(idx[:, -self.max_positions:])[:, -1].float() / temperature  # (1, V)
             floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
             probs = F.softmax(logits.masked_fill(logits < floor, -math.inf), dim=-1)
             token = torch.multinomial(probs, 1, generator=random)
@@ -131,11 +134,36 @@ def slices(logits, labels):
     return zip(logits.split(rows), labels.split(rows), strict=True)
 
 
+LONGEST = 1024  # tokens for which a CPU computes attention as written here
+
+
 def attention(q, k, v, heads, kv_heads):
     """Causal attention of q (B, T, heads*D) over k and v (B, T, kv_heads*D): (B, T, heads*D)."""
     q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    if q.device.type == "cpu" and q.size(2) <= LONGEST:
+        y = written_attention(q, k, v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return y.transpose(1, 2).flatten(2)  # (B, T, heads*D)
+
+
+def written_attention(q, k, v, rows=128):
+    """softmax(q k^T / sqrt(D)) v under a causal mask. q: (B, heads, T, D); k, v: (B, kv_heads, T, D).
+
+    A block of `rows` queries at a time, with the keys up to its end: that saves half of the products for a long text.
+    On a CPU it is faster than torch's fused kernel, and torch.compile fuses what is between the products.
+    """
+    repeats = q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))  # each key serves a group of heads
+    q = q * q.size(-1) ** -0.5
+    blocks = []
+    for start in range(0, q.size(2), rows):
+        end = min(start + rows, q.size(2))
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)  # (B, heads, rows, end)
+        future = torch.full((end - start, end), -math.inf, device=q.device).triu(start + 1)
+        weights = (scores.float() + future).softmax(dim=-1).type_as(v)
+        blocks.append(weights @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)  # (B, heads, T, D)
 
 
 # -----------------------------------------------------------------------------
@@ -392,3 +420,32 @@ def parts_by_kind(name, tensor):
         return list(zip("qkv", tensor.chunk(3, dim=-1), strict=True))
     layer = name.rpartition(".")[0]
     return [(kind, tensor) for kind, ends in KINDS.items() if layer.endswith(ends)]
+
+
+# -----------------------------------------------------------------------------
+# continue a text: python model.py out/release --prompt "The tensor"
+
+
+def main(argv=None):
+    from data.tokenizer import Tokenizer  # a model needs none
+
+    parser = Parser("Continue a text with a release, or with any plain Hugging Face GPT-2 or LLaMA folder.")
+    parser.add_argument("release", help="the folder")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the beginning [none]")
+    parser.add_argument("--tokens", type=int, default=120, metavar="N", help="tokens to add, at most [120]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="below 1: likelier tokens [0.8]")
+    parser.add_argument("--top-k", type=int, default=50, metavar="N", help="draw from the N likeliest tokens [50]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text [0]")
+    args = parser.parse_args(argv)
+    require(args.tokens >= 1, f"--tokens {args.tokens} is below 1")
+    require(0 < args.temperature < math.inf, f"--temperature {args.temperature} is not a positive number")
+    require(args.top_k >= 1, f"--top-k {args.top_k} is below 1")
+    require(0 <= args.seed < 2**63, f"--seed {args.seed} is outside 0 to 2**63 - 1")
+    model, tokenizer = load_folder(args.release, FAMILIES), Tokenizer.load(args.release)
+    start = torch.tensor([[tokenizer.eos, *tokenizer.encode(args.prompt)]])
+    text = model.generate(start, args.tokens, args.temperature, args.top_k, tokenizer.eos, args.seed)
+    print(tokenizer.decode(text[0, 1:].tolist()).removesuffix(tokenizer.decode([tokenizer.eos])))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -211,7 +211,7 @@ def find_ticket(run):
         for name, p in params.items():
             scores[name] = score(p.detach(), p.grad, scores.get(name, 0.0), step + 1)
         overlap = bird.see(topk_mask(scores, k))  # eq. 2 and 3
-        lr = learning_rate(step, config)
+        lr = config.lr * (step + 1) / config.eb_steps  # whatever stage II's schedule is
         norm = optimizer.step(lr, config.clip)
         numbers = {} if overlap is None else {"iou": overlap, "iou_chance": chance}
         run.progress.step("I", step + 1, config.eb_steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
@@ -334,6 +334,17 @@ class Complement:
 
 # -----------------------------------------------------------------------------
 # stage III: release without the mask (section 2.3)
+#
+# What the exact bits of a release could tell an attacker, and what is done about it:
+# - A frozen weight is a draw that was rounded once, so its bits have no pattern: see initial_value in model.py.
+# - A zero step must change no bit, so theta(0) holds no -0.0, which adding 0 turns into 0.0.
+# - Norm gains and biases start as constants. One that is still exactly 1 or 0 was frozen: this is not hidden.
+# - Weight decay multiplies the ticket alone. It never acts alone: Adam's step, which follows, fills its rounding gaps.
+# - A tied head is one tensor with one mask, so no copy of it can disagree.
+# - The order of the tensors, the header and the other files are the same for every mask, and without one. The checksum
+#   is a function of the published bytes.
+# - A model that an authorised user fine-tuned differs from the release in the ticket alone. In any precision, whoever
+#   publishes it publishes the mask.
 
 
 def pack_mask(masks):
