@@ -87,6 +87,17 @@ class Model(nn.Module):
         logits = F.linear(x[:, :-1].flatten(0, 1), self.lm_head.weight)  # (B*(T-1), V)
         return NextTokenLoss.apply(logits, labels[:, 1:].flatten())
 
+    def flops_per_token(self, length):
+        """FLOPs to train on one token of a sequence of `length`.
+
+        6 for each parameter in a matrix product, plus attention's scores and sums (Chowdhery et al., 2022, appendix B),
+        of which a causal mask needs half.
+        """
+        looked_up = 0 if self.config.tie_word_embeddings else self.embedding().weight.numel()
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and "wpe" not in name)
+        width = self.embedding().weight.size(1)
+        return 6 * (matrices - looked_up) + 12 * len(self.blocks()) * width * length // 2
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.8, top_k=50, eos=None, seed=0):
         """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new)."""

@@ -25,11 +25,12 @@ from runtime.files import Stopped, UserError, write_json
 from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
-from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks, place,
-                              share, split_like, whole)
+from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
+                              memory_per_rank, place,
+                              share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
 from runtime.tensors import bits, checksum, multiply_, shrink_, top_k
-from runtime.training import Reader, gradient, mean_loss
+from runtime.training import Reader, gradient, mean_loss, timed
 
 # -----------------------------------------------------------------------------
 # settings
@@ -89,7 +90,7 @@ class Config:
     init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", ("auto", "fp32", "bf16"))
-    compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 2M tokens",
+    compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 0.5M tokens",
                         ("auto", "on", "off"))
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
     shard: bool = flag(False, "split weights, gradients, optimizer state and mask over torchrun's processes")
@@ -527,31 +528,60 @@ class Run:
 # -----------------------------------------------------------------------------
 # the command line
 
+
+def plan(config):
+    """Print what a run would take, at the speed of this machine. Writes nothing."""
+    machine = Machine(config.device, config.dtype)
+    shape = PRESETS[config.preset].shape
+    model = build(shape, device="meta")
+    d = sum(p.numel() for p in model.parameters())
+    updates = config.steps + (config.eb_steps if config.rho < 1 and config.mask == "earlybird" else 0)
+    tokens = updates * config.sequences * config.block_size
+    memory = memory_per_rank(model, world() if config.shard else 1, more=int(config.rho < 1))
+    print(f"{config.preset}: {d:,} parameters; {updates:,} updates of {config.sequences} x {config.block_size} tokens")
+    print(f"tokens: {tokens:,} ({tokens / d:.2f} a parameter)")
+    print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")
+    print(f"memory of each process, without activations: {sum(memory.values()) / 2**30:.2f} GiB ("
+          + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in memory.items() if size) + ")")
+    print(f"disk: {(16 * d + d / 4 + 2 * tokens) / 2**30:.2f} GiB (checkpoint {12 * d / 2**30:.2f}, release "
+          f"{4 * d / 2**30:.2f}, text {2 * tokens / 2**30:.2f})")
+    model = build(shape, machine.device)
+    initialise(model, b"plan")
+    idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=machine.device)
+    seconds = min(timed(partial(gradient, model, [idx], machine)) for _ in range(2))
+    hours = updates * config.grad_accum * seconds / 3600 / world()
+    print(f"time: {hours:.1f} hours at {idx.numel() / seconds:,.0f} tokens/s, the gradient of one micro-batch on "
+          f"{machine.device} in {machine.dtype}, not compiled")
+
+
 EXAMPLES = """examples:
   python pmp.py --rho 0.7                                        two minutes on a laptop, no network
   python pmp.py --rho 1.0 --out out-dense                        the same without PMP
   python pmp.py --data my.jsonl.xz --steps 5000 --out out-mine   on your own text
   python pmp.py --preset tinyllama --rho 0.7 --out out-pmp       the paper's run
+  python pmp.py --preset tinyllama --plan                        what that takes; writes nothing
   python pmp.py --resume out-pmp                                 go on after Ctrl-C or a power cut
 """
 
 
 def parse(argv):
-    """(Config, None) for a new run, or ({machine flag: value}, OUT) for --resume OUT."""
+    """(Config, None, whether to plan only) for a new run, or ({machine flag: value}, OUT, False) for --resume OUT."""
     parser = Parser(__doc__.split("\n")[0], epilog=EXAMPLES)
     parser.add_fields(Config, typed_only=True, show=default_text)
     parser.add_argument("--resume", metavar="OUT", help="go on with the run in OUT; it keeps its settings")
+    parser.add_argument("--plan", action="store_true", help="print what the run would take, and do nothing")
     given = vars(parser.parse_args(argv))
-    out = given.pop("resume")
+    out, planned = given.pop("resume"), given.pop("plan")
     if out is not None:
         if unwanted := [name for name in given if name not in MACHINE]:
             raise UserError(f"--resume keeps the settings of the run: leave out {flag_name(unwanted[0])}")
-        return given, out
+        require(not planned, "--plan has no meaning with --resume: leave one out")
+        return given, out, False
     config = Config(**{**PRESETS[given.get("preset", Config.preset)].defaults, **given})
     if "warmup" not in given:
         config.warmup = min(config.warmup, config.steps // 10)
     check(config)
-    return config, None
+    return config, None, planned
 
 
 def default_text(f):
@@ -597,7 +627,11 @@ def resumed_run(machine_flags, folder, stop):
 
 def main(argv=None):
     join_ranks()
-    config, out = from_first(parse, argv)
+    config, out, planned = from_first(parse, argv)
+    if planned:
+        plan(config)
+        leave_ranks()
+        return
     with Folder(config.out if out is None else out) as folder, StopRequest() as stop:
         run = new_run(config, folder, stop) if out is None else resumed_run(config, folder, stop)
         run.begin()

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one sentence here, like all others."""
 
     def __init__(self, description, **options):
-        form = options.pop("formatter_class", lambda prog: argparse.RawDescriptionHelpFormatter(prog, 28))
+        form = options.pop("formatter_class", lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28))
         super().__init__(description=description, allow_abbrev=False, formatter_class=form, **options)
 
     def error(self, message):

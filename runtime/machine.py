@@ -43,8 +43,8 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16", cache_enabled=False)
 
     def wants_compile(self, flag, tokens):
-        """Whether to compile a run of so many tokens. Compiling takes a CPU about as long as it saves on 2M tokens."""
-        return flag == "on" or flag == "auto" and (self.device.type == "cuda" or tokens > 2e6)
+        """Whether to compile a run of so many tokens. Compiling takes a CPU about as long as it saves on 0.5M tokens."""
+        return flag == "on" or flag == "auto" and (self.device.type == "cuda" or tokens > 5e5)
 
     def compile(self, model, example, say):
         """Compile every block of `model` in place, tried on the token ids `example`; without a compiler, say so.

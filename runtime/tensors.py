@@ -87,28 +87,29 @@ def top_k(scores, k):
         return counts
 
     def kth_bin(counts, k):
-        """The bin that holds the k-th largest entry, and how many of its own entries are among the k largest."""
+        """The bin that holds the k-th largest entry, how many of its entries are among the k largest, and how many not."""
         above = counts.flip(0).cumsum(0).flip(0) - counts  # entries in higher bins
         chosen = int((above < k).nonzero()[0])
-        return chosen, k - int(above[chosen])
+        inside = k - int(above[chosen])
+        return chosen, inside, int(counts[chosen]) - inside
 
     first = next(iter(scores.values()))
-    high, k = kth_bin(histogram(2**15, lambda pattern: pattern >> 16), k)
-    low, ties = kth_bin(histogram(2**16, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), k)
+    high, k, _ = kth_bin(histogram(2**15, lambda pattern: pattern >> 16), k)
+    low, ties, excess = kth_bin(histogram(2**16, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), k)
     threshold = high << 16 | low  # the k-th largest |score|, as a pattern
 
-    masks, shares = {}, tie_shares(scores, threshold, ties)
+    masks, shares = {}, tie_shares(scores, threshold, ties) if excess else {}
     for name, score in scores.items():
         # contiguous whatever the score's strides are, so that its flat slices share its memory
         masks[name] = torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
         ties = shares.get(name, ties)
         for x, mask in pieces(score, masks[name]):
             pattern = size_pattern(x)
-            torch.gt(pattern, threshold, out=mask)
-            if ties:
-                tied = (pattern == threshold).nonzero()[:ties, 0]
-                mask[tied] = True
-                ties -= len(tied)
+            torch.ge(pattern, threshold, out=mask)
+            if excess:  # more entries are equal to the k-th largest than there is room for
+                tied = (pattern == threshold).nonzero()[:, 0]
+                mask[tied[ties:]] = False
+                ties = max(0, ties - len(tied))
     return masks
 
 

@@ -1,6 +1,7 @@
 """Sequences in micro-batches that fit the memory, and their gradient and loss, on all ranks together."""
 
 import math
+import time
 
 import torch
 
@@ -59,3 +60,12 @@ def mean_loss(model, micro_batches, machine):
         model.reshard()  # FSDP keeps embedding and head gathered after a forward pass, for the backward pass
     average(total)
     return float(total)
+
+
+def timed(function):
+    """The seconds that function() takes, the work that it leaves to a GPU included."""
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
