@@ -798,7 +798,7 @@ def task_folder(args):
 
 def parse(argv):
     """-> (args, Settings)."""
-    parser = Parser(__doc__.split("\n")[0], epilog=EXAMPLES)
+    parser = Parser("Fine-tune a release on GLUE, as an outsider or with the mask.", epilog=EXAMPLES)
     add = parser.add_argument
     add("release", help="a release folder, or any plain Hugging Face GPT-2 or LLaMA folder")
     add("--mask", metavar="FILE", help="the private mask of this release: fine-tune as an authorised user")
@@ -826,9 +826,9 @@ def parse(argv):
 
 
 EXAMPLES = """examples:
-  python glue.py out/release --standin                              no network: its numbers mean nothing elsewhere
-  python glue.py out/release --tasks rte cola --seed 1 2 3          real GLUE, three seeds, outsider
-  python glue.py out/release --mask out/private/mask.safetensors    authorised
+  python glue.py out/release --standin                 no network, not GLUE
+  python glue.py out/release --tasks rte --seed 1 2    an outsider
+  python glue.py out/release --mask out/private/mask.safetensors
 """
 
 

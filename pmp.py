@@ -555,18 +555,18 @@ def plan(config):
 
 
 EXAMPLES = """examples:
-  python pmp.py --rho 0.7                                        two minutes on a laptop, no network
-  python pmp.py --rho 1.0 --out out-dense                        the same without PMP
-  python pmp.py --data my.jsonl.xz --steps 5000 --out out-mine   on your own text
-  python pmp.py --preset tinyllama --rho 0.7 --out out-pmp       the paper's run
-  python pmp.py --preset tinyllama --plan                        what that takes; writes nothing
-  python pmp.py --resume out-pmp                                 go on after Ctrl-C or a power cut
+  python pmp.py --rho 0.7                        two minutes on a laptop
+  python pmp.py --rho 1.0 --out out-dense        the same without PMP
+  python pmp.py --data my.jsonl.xz --out mine    on your own text
+  python pmp.py --preset tinyllama --plan        what the paper's run takes
+  python pmp.py --preset tinyllama --out paper   the paper's run
+  python pmp.py --resume paper                   after Ctrl-C or a power cut
 """
 
 
 def parse(argv):
     """(Config, None, whether to plan only) for a new run, or ({machine flag: value}, OUT, False) for --resume OUT."""
-    parser = Parser(__doc__.split("\n")[0], epilog=EXAMPLES)
+    parser = Parser("Pre-train with a private mask, and release the weights without it.", epilog=EXAMPLES)
     parser.add_fields(Config, typed_only=True, show=default_text)
     parser.add_argument("--resume", metavar="OUT", help="go on with the run in OUT; it keeps its settings")
     parser.add_argument("--plan", action="store_true", help="print what the run would take, and do nothing")

@@ -14,6 +14,7 @@ import lzma
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -50,7 +51,7 @@ from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
 from glue import add_lora, merge_lora
 from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
 from runtime import http, tensors
-from runtime.console import command_line
+from runtime.console import Progress, command_line
 from runtime.files import UserError
 from runtime.huggingface import config_from_dict, config_to_dict, load_folder, save_folder
 from runtime.machine import Machine
@@ -1577,6 +1578,100 @@ def test_compile_or_its_fallback_trains(flags, tmp_path, monkeypatch, capsys):
         torch.compiler.set_stance("default")
     assert "torch.compile does not work here" in capsys.readouterr().out
     assert weights(tmp_path / "out")
+
+
+def test_a_default_that_was_not_typed_gives_way_and_a_typed_contradiction_is_refused():
+    config, _, _ = pmp.parse(["--steps", "20"])
+    assert (config.steps, config.warmup) == (20, 2)
+    assert pmp.parse([])[0].warmup == 60 and pmp.parse(["--preset", "gpt2"])[0].warmup == 2000
+    with pytest.raises(UserError, match="--warmup 30 is longer than the run"):
+        pmp.parse(["--steps", "20", "--warmup", "30"])
+
+
+def test_the_ticket_does_not_depend_on_the_length_of_stage_2(flags, tmp_path):
+    masks = []
+    for steps in ("1", "4"):
+        out = tmp_path / steps
+        pmp.main([*flags, "--init-seed", "1", "--steps", steps, "--warmup", "0", "--out", str(out)])
+        masks.append(pmp.load_mask(out / "private" / "mask.safetensors", weights(out)))
+    assert pmp.iou(*masks) == 1
+
+
+def test_a_plan_writes_nothing_and_counts_what_a_run_would_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pmp.main(["--plan", "--preset", "mini", "--block-size", "32"])
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "mini: 3,196,608 parameters; 1,050 updates of 4 x 32 tokens" in text and "134,400 (0.04" in text
+    model = build(pmp.PRESETS["mini"].shape, "meta")
+    blocks = 4 * (192 * 192 * 2 + 192 * 96 * 2 + 3 * 192 * 512)
+    attention = 4 * (2 * 192 * 33 / 2) * 2 * 3  # q k^T and weights v, 16.5 keys in the mean; backward twice more
+    assert model.flops_per_token(32) == pytest.approx(6 * (blocks + 192 * 4096) + attention, rel=1e-3)
+    assert f"FLOPs: {134_400 * model.flops_per_token(32):.2e}" in text
+
+
+def test_help_fits_80_columns_and_has_examples(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for main, example in ((pmp.main, "python pmp.py --rho 0.7"), (glue.main, "python glue.py out/release --standin")):
+        with pytest.raises(SystemExit):
+            main(["-h"])
+        text = capsys.readouterr().out
+        assert example in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_progress_line_with_rate_and_validation_loss_fits_80_columns(monkeypatch, capsys):
+    progress = Progress(None, 1024)
+    monkeypatch.setattr(progress, "terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    progress.step("II", 19999, 20000, loss=10.123, lr=1.5e-3, grad_norm=1.23)
+    time.sleep(0.01)
+    progress.step("II", 20000, 20000, loss=10.123, val_loss=10.456, lr=1.5e-3, grad_norm=1.23)
+    line = capsys.readouterr().out.split("\r\033[K")[-1].rstrip("\n")
+    assert len(line) < 80 and "tokens/s" in line and "val loss 10.456" in line
+
+
+def test_a_release_continues_a_text(finished, capsys):
+    model_module.main([str(finished / "release"), "--prompt", "The cat", "--tokens", "5"])
+    first = capsys.readouterr().out
+    model_module.main([str(finished / "release"), "--prompt", "The cat", "--tokens", "5"])
+    assert first.startswith("The cat") and first == capsys.readouterr().out
+    bad(finished / "release", "--temperature", "0", expect="--temperature 0.0", capsys=capsys, main=model_module.main)
+    bad("gpt2", expect="names are not fetched", capsys=capsys, main=model_module.main)
+
+
+# -----------------------------------------------------------------------------
+# README
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_pmp_on_one_screen_runs(tmp_path):
+    """With fewer updates; what it asserts is that the complement is theta(0)."""
+    code = README.split("```python\n")[1].split("```")[0]
+    for whole, part in (("range(200)", "range(2)"), ("range(20)", "range(2)"), ("step % 50 == 49", "True")):
+        assert whole in code
+        code = code.replace(whole, part)
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "70% of the weights moved" in result.stdout, result.stderr
+    assert 20 <= len(README.split("```python\n")[1].split("```")[0].splitlines()) <= 45
+
+
+def test_the_readmes_map_names_code_and_tests_that_exist():
+    tests = HERE.joinpath("test_pmp.py").read_text()
+    rows = [line.split("|")[1:4] for line in README.split("| paper |")[1].split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) >= 6
+    for _, code, test in rows:
+        for name in re.findall(r"`([\w.]+)`", code):
+            assert hasattr(glue, name.removeprefix("glue.")) if name.startswith("glue.") else hasattr(pmp, name), name
+        for name in re.findall(r"`(test_\w+)`", test):
+            assert f"def {name}(" in tests, name
+
+
+def test_files_that_the_readme_shows_exist():
+    for page in (HERE / "README.md", HERE / "experiments" / "README.md"):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), target
 
 
 def bad(*flags, expect, capsys, code=2, main=pmp.main):

@@ -24,8 +24,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one sentence here, like all others."""
 
     def __init__(self, description, **options):
-        form = options.pop("formatter_class", lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28))
-        super().__init__(description=description, allow_abbrev=False, formatter_class=form, **options)
+        super().__init__(description=description, allow_abbrev=False, **options, formatter_class=lambda prog:
+                         argparse.RawDescriptionHelpFormatter(prog, max_help_position=28))
 
     def error(self, message):
         raise UserError(f"{message}; -h lists the flags")
@@ -136,7 +136,7 @@ class Progress:
             self.stage, self.clock, self.first = stage, now, step
         self.last = step
         rate = (step - self.first) / max(1e-9, now - self.clock)  # steps/s
-        numbers[self.rate] = round(rate * self.per_step)
+        numbers = {self.rate: round(rate * self.per_step), **numbers}
         if self.file:
             self.file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
             self.file.flush()
