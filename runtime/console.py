@@ -99,6 +99,8 @@ def command_line(main):
 
 # ---- progress ------------------------------------------------------------------------------------------------------
 
+LABELS = {"tokens_per_s": "tokens/s", "rows_per_s": "rows/s", "val_loss": "val", "grad_norm": "norm",
+          "iou_chance": "chance"}
 FORMS = {"loss": ".3f", "lr": ".1e", "grad_norm": ".2f", "iou": ".3f", "iou_chance": ".3f", "val_loss": ".3f"}
 
 
@@ -145,8 +147,7 @@ class Progress:
             return
         self.printed = now
         left = (steps - step) / rate if rate else 0
-        text = " | ".join(f"{key.replace('_per_', '/').replace('_', ' ')} {value:{FORMS.get(key, ',d')}}"
-                          for key, value in numbers.items())
+        text = " | ".join(f"{LABELS.get(key, key)} {value:{FORMS.get(key, ',d')}}" for key, value in numbers.items())
         line = f"{self.prefix}{stage} {step}/{steps} | eta {int(left // 60)}:{int(left % 60):02d} | {text}"
         if self.terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over

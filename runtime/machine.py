@@ -43,7 +43,7 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16", cache_enabled=False)
 
     def wants_compile(self, flag, tokens):
-        """Whether to compile a run of so many tokens. Compiling takes a CPU about as long as it saves on 0.5M tokens."""
+        """Whether to compile a run of so many tokens. On a CPU, compiling takes what it saves on half a million."""
         return flag == "on" or flag == "auto" and (self.device.type == "cuda" or tokens > 5e5)
 
     def compile(self, model, example, say):

@@ -87,7 +87,7 @@ def top_k(scores, k):
         return counts
 
     def kth_bin(counts, k):
-        """The bin that holds the k-th largest entry, how many of its entries are among the k largest, and how many not."""
+        """The bin of the k-th largest entry; how many of its entries are among the k largest; how many are not."""
         above = counts.flip(0).cumsum(0).flip(0) - counts  # entries in higher bins
         chosen = int((above < k).nonzero()[0])
         inside = k - int(above[chosen])
