@@ -124,9 +124,12 @@ class Tokenizer:
         return self.specials[self.unknown]
 
     def encode_many(self, texts):
-        """list of str -> list of lists of ids, with all processors."""
+        """list of str -> list of lists of ids, on all processors. Raises UserError as `encode` does."""
+        share = -(-len(texts) // os.cpu_count()) or 1  # a thread's; the engine works without Python's lock
+        shares = [texts[start:start + share] for start in range(0, len(texts), share)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return list(threads.map(self.encode, texts))
+            encoded = threads.map(lambda texts: [self.encode(text) for text in texts], shares)
+            return list(itertools.chain.from_iterable(encoded))
 
     def decode(self, ids):
         """list of ids -> str; bytes that are no UTF-8 become U+FFFD."""
