@@ -1881,6 +1881,7 @@ def test_a_damaged_part_of_an_earlier_run_is_thrown_away(site, monkeypatch, tmp_
 def test_an_answer_that_is_larger_than_the_official_file_does_not_fill_the_disk(site, monkeypatch, tmp_path):
     publish(site, monkeypatch, "rte", {"RTE.zip": b"y" * 1000})
     site.files["RTE.zip"] = b"y" * 10**7
+    monkeypatch.setattr(site, "handle_error", lambda *request: None)  # we hang up on it
     written = []
     monkeypatch.setattr(glue.hashlib, "file_digest", lambda file, _: written.append(os.fstat(file.fileno()).st_size)
                         or hashlib.sha256())
