@@ -455,7 +455,7 @@ class Run:
             cache=config.cache, shuffle_buffer=config.shuffle_buffer, say=partial(print, flush=True)))
         self.train, self.validation = (Reader(text, config.batch_size, config.block_size, self.machine.device)
                                        for text in (train, validation))
-        self.train.micro_batches(range(config.sequences))  # a text that is too small shows before anything is written
+        train.read(0, config.sequences, config.block_size)  # too small a text shows before anything is written
         self.identity = {name: value for name, value in asdict(config).items() if name not in (*MACHINE, "out")}
         self.identity |= {"secret": secret.hex(), "tokenizer": self.tokenizer.fingerprint}
 

@@ -360,8 +360,8 @@ ODD_TEXT = "naïve  café\r\n\t'll 'LL 中文 \u0301\u200b😀 x\x00 ²Ⅷ___ <|
 def make_texts(n, seed=0):
     """Made-up documents with all kinds of characters, a few of them twice."""
     rng = random.Random(seed)
-    words = "the quick brown fox jumps over a lazy dog and then some more".split()
-    words += ["größe", "中文", "😀", EOS, "\n", "  "]
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "some", "more",
+             "größe", "中文", "😀", EOS, "\n", "  "]
     texts = [" ".join(rng.choices(words, k=rng.randrange(1, 60))) + f" {i}" for i in range(n)]
     texts[n // 2] = texts[0]
     texts[n // 3] = texts[n // 4]
@@ -757,30 +757,31 @@ FOREIGN = {
     "an unknown token": lambda t: without_bytes(t, "q", LETTER[0xE4], unknown=EOS),
 }
 TRICKY = [
-    "", "a", "1", "x12 345  67\t8  9", "a  5 a   b5\n\n 6 ", "１２ ²Ⅷ٣ 4½",
-    "中文字，和數字 12 個。日本語のテキスト", "😀😀 👩‍👩‍👧 é\u0301",
-    "\ttabs\t\tand\n \r\n spaces \u3000\u2028\xa0.", "nul\x00 \x00\x1c\x85 \ufffd", " " * 10_000,
-    "x" + " " * 10_000 + "7 y",
-    "we'll I'M don't 'S  'the the quick,brown.fox x1y22z333", "___!!! -- (a) {1}",
-    *(text.replace(EOS, "") for text in make_texts(40, 3)),
+    "", "a", "1", "x12 345  67\t8  9", "a  5 a   b5\n\n 6 ", "１２ ²Ⅷ٣ 4½", "中文字，和數字 12 個。日本語のテキスト",
+    "😀😀 👩‍👩‍👧 é\u0301", "\ttabs\t\tand\n \r\n spaces \u3000\u2028\xa0.", "nul\x00 \x00\x1c\x85 \ufffd",
+    " " * 10_000, "x" + " " * 10_000 + "7 y", "we'll I'M don't 'S  'the the quick,brown.fox x1y22z333",
+    "___!!! -- (a) {1}", *(text.replace(EOS, "") for text in make_texts(40, seed=3)),
 ]
+
+
+@pytest.fixture(scope="session")
+def rich():
+    """A tokenizer with merges inside all that TRICKY has, so that each wrong cut shows in the ids."""
+    return Tokenizer.train([*make_texts(100), *3 * TRICKY], size=1200)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_tokenizers_of_other_models_give_the_ids_of_hugging_face(bpe, tmp_path, kind):
+def test_tokenizers_of_other_models_give_the_ids_of_hugging_face(rich, tmp_path, kind):
     tokenizers = peer("tokenizers")
-    bpe.save(tmp_path)
+    rich.save(tmp_path)
     change_json(tmp_path / "tokenizer.json", FOREIGN[kind])
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.load(tmp_path)
-    assert ours.encode_many(TRICKY) == [theirs.encode(text).ids for text in TRICKY]
-    (tmp_path / "again").mkdir()
-    ours.save(tmp_path / "again")
-    again = Tokenizer.load(tmp_path / "again")
-    assert again.fingerprint == ours.fingerprint and again.encode_many(TRICKY) == ours.encode_many(TRICKY)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
-    assert theirs.encode(TRICKY[4]).ids == ours.encode(TRICKY[4])
+    for _ in range(2):  # as it came, and as we save it
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert ours.encode_many(TRICKY) == [theirs.encode(text).ids for text in TRICKY]
+        ours.save(tmp_path)
+        assert Tokenizer.load(tmp_path).fingerprint == ours.fingerprint
 
 
 @pytest.mark.parity
@@ -975,16 +976,18 @@ def test_a_preparation_stopped_at_any_write_goes_on_to_the_same_bytes(tmp_path, 
     class Killed(Exception):
         pass
 
-    for when in range(1, 100):
-        calls = [0]
+    def fsync_that_fails(when):
+        calls = itertools.count(1)
 
         def fsync(file):
-            calls[0] += 1
-            if calls[0] == when:
+            if next(calls) == when:
                 raise Killed
 
+        return fsync
+
+    for when in range(1, 100):
         cache = tmp_path / f"killed{when}"
-        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync_that_fails(when))
         try:
             _, train, _ = prepared(path, cache, shuffle_buffer=40)
             packed(train)
@@ -2124,6 +2127,25 @@ def test_a_damaged_part_of_an_earlier_run_is_thrown_away(site, monkeypatch, tmp_
     assert [asked for _, asked in site.asked] == ["bytes=7-", "bytes=0-"]
 
 
+def test_an_answer_that_is_larger_than_the_official_file_does_not_fill_the_disk(site, monkeypatch, tmp_path):
+    publish(site, monkeypatch, "rte", {"RTE.zip": b"y" * 1000})
+    site.files["RTE.zip"] = b"y" * 10**7
+    monkeypatch.setattr(site, "handle_error", lambda *request: None)  # we hang up on it
+    written = []
+    monkeypatch.setattr(glue.hashlib, "file_digest", lambda file, _: written.append(os.fstat(file.fileno()).st_size)
+                        or hashlib.sha256())
+    with pytest.raises(UserError, match="size and sha256"):
+        glue.fetch("rte", tmp_path)
+    assert len(written) == glue.TRIES and max(written) < 10**6
+
+
+def test_what_is_refused_for_good_starts_from_the_first_byte_in_a_later_run(site, tmp_path):
+    (tmp_path / "RTE.zip.part").write_bytes(b"of another file")
+    with pytest.raises(UserError, match="HTTP 404"):
+        glue.fetch("rte", tmp_path)
+    assert len(site.asked) == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("entry", ["../outside.txt", "RTE/../../outside.txt", "{elsewhere}/outside.txt"])
 def test_a_zip_entry_that_would_leave_the_folder_is_refused(entry, site, monkeypatch, tmp_path):
     folder = tmp_path / "cache"
@@ -2291,7 +2313,8 @@ def test_grouping_by_length_loses_no_row_and_pads_little():
 
 
 def standin_texts(n=40):
-    verbs, nouns = "opens closes reads keeps writes".split(), "file socket array tensor thread queue".split()
+    verbs = ["opens", "closes", "reads", "keeps", "writes"]
+    nouns = ["file", "socket", "array", "tensor", "thread", "queue"]
     limits = ["", " only"]
     return [
         " ".join(f"The {nouns[(i + j) % 6]} number{i} {verbs[j]}{limits[j % 2]} one part{j} of it." for j in range(5))

@@ -10,7 +10,7 @@ import random
 import re
 from pathlib import Path
 
-from runtime.files import UserError, atomic
+from runtime.files import UserError, atomic, disk_errors
 
 LIMITS = re.compile(r"\b(?:if|unless|when|must|should|not|no|never|cannot|only|without|may|but)\b|n't\b", re.I)
 
@@ -144,7 +144,8 @@ def standin(parent, source, **sizes):
     """
     identity = json.dumps([source.id, sizes, Path(__file__).read_text("utf-8")], sort_keys=True)
     folder = Path(parent) / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    if not (folder / "done").exists():
-        write_standin(folder, [text for _, text in source.documents("validation")], **sizes)
-        (folder / "done").touch()
+    with disk_errors(folder):
+        if not (folder / "done").exists():
+            write_standin(folder, [text for _, text in source.documents("validation")], **sizes)
+            (folder / "done").touch()
     return folder

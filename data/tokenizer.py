@@ -72,7 +72,7 @@ class Tokenizer:
         lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ids]
         self.placeholders = {self.size + i: byte for i, byte in enumerate(lacking)}
         words = pattern
-        if pattern != GPT2_WORDS:  # which leaves no gap: tiktoken would drop what lies in it
+        if pattern != GPT2_WORDS:  # GPT-2's matches leave no gap; tiktoken would drop the text in one
             words = rf"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|$)"
         with self._engine():
             self.encoding = tiktoken.Encoding(
@@ -107,10 +107,8 @@ class Tokenizer:
             pieces = [text]
             for cutter in self._cutters:
                 pieces = list(itertools.chain.from_iterable(isolate(cutter, piece) for piece in pieces))
-            if len(pieces) == 1:
-                ids = self.encoding.encode_ordinary(text)
-            else:
-                ids = list(itertools.chain.from_iterable(map(self.encoding.encode_ordinary, pieces)))
+            encoded = [self.encoding.encode_ordinary(piece) for piece in pieces]
+        ids = encoded[0] if len(encoded) == 1 else list(itertools.chain.from_iterable(encoded))
         if self.placeholders:
             ids = [id if id < self.size else self._unknown(id) for id in ids]
         return ids
@@ -124,9 +122,12 @@ class Tokenizer:
         return self.specials[self.unknown]
 
     def encode_many(self, texts):
-        """list of str -> list of lists of ids, with all processors."""
+        """list of str -> list of lists of ids, on all processors. Raises UserError as `encode` does."""
+        share = -(-len(texts) // os.cpu_count()) or 1  # a thread's; the engine works without Python's lock
+        shares = [texts[start:start + share] for start in range(0, len(texts), share)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return list(threads.map(self.encode, texts))
+            encoded = threads.map(lambda texts: [self.encode(text) for text in texts], shares)
+            return list(itertools.chain.from_iterable(encoded))
 
     def decode(self, ids):
         """list of ids -> str; bytes that are no UTF-8 become U+FFFD."""
@@ -151,7 +152,8 @@ class Tokenizer:
         """Byte-level BPE (Sennrich et al. 2016) on the first 4,000,000 characters of `texts`, an iterable of str.
 
         256 bytes, then the merges, the most frequent pair first (of equal ones that with the lowest ids), then EOS.
-        A text too small for `size` tokens gives fewer.
+        A text too small for `size` tokens gives fewer. Where a text has very long or very many different words, merges
+        are learned from the first of them, see TRAINING_WORK.
         """
         counts, room = Counter(), TRAINING_CHARACTERS
         for text in texts:
