@@ -2,8 +2,8 @@
 
     python experiments/plot.py OUT [OUT2 ...]
 
-The picture goes beside the log of the first run, as OUT/run.png. Where a run's mask is at hand, its density by layer and
-kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays in OUT/private.
+The picture goes beside the log of the first run, as OUT/run.png. Where a run's mask is at hand, its density by layer
+and kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays in OUT/private.
 """
 
 import json
