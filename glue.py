@@ -1,16 +1,17 @@
 """GLUE: fine-tune a released checkpoint as an outsider (no mask) or as an authorised user (with the mask).
 
+    python glue.py out/release                                        an outsider
+    python glue.py out/release --mask out/private/mask.safetensors    an authorised user
+
 Sections 4.1 to 4.3 and Table 1 of the paper, in the order in which things happen: tasks and data, metrics, the table,
-fine-tuning.
+LoRA, fine-tuning, the sweep over tasks, methods and seeds.
 """
 
-import argparse
 import copy
 import hashlib
 import json
 import math
-import os
-import random
+import shutil
 import time
 import zipfile
 from collections import defaultdict
@@ -19,26 +20,30 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, atomic, disk_errors
 from data.sources import open_source
 from data.standin import standin
 from data.tokenizer import Tokenizer
-from model import add_lora, fingerprint, initialise, load_folder
-from pmp import (Machine, MaskedAdamW, Parser, Progress, command_line, from_first, join_ranks, leave_ranks, load_mask,
-                 rank, wait_for_ranks, world)
+from model import FAMILIES, Conv1D, initialise
+from pmp import MaskedAdamW, load_mask
+from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
+from runtime.files import Results, UserError, atomic, disk_errors
+from runtime.http import Failed, Refused, get, repeat
+from runtime.huggingface import load_folder
+from runtime.machine import Machine
+from runtime.parallel import first_then_others, from_first, join_ranks, leave_ranks, wait_for_ranks
+from runtime.safetensors import fingerprint
 
 # ---- tasks and data ------------------------------------------------------------------------------------------------
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 CACHE = Path(__file__).parent / "data" / "cache" / "glue"
-TRIES, BACKOFF = 4, 1.0  # a download's attempts; seconds before the second one, doubled for each further one
-TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
+TRIES = 4  # a download's attempts
+PARTIAL_CONTENT = 206  # HTTP's status of an answer to a range
 LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
 
 
@@ -101,7 +106,8 @@ def fetch(name, folder=CACHE):
     task, folder = TASKS[name], Path(folder)
     if all((folder / file).exists() for file in task.files):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for file, (size, sha256) in task.downloads.items():
         address = MRPC_URL if file.startswith("msr_") else GLUE_URL
         download(address + file, folder / file, size, sha256)
@@ -117,47 +123,48 @@ def fetch(name, folder=CACHE):
 def download(url, path, size, sha256):
     """Fetch `url` into `path`, which appears only when it is whole and its `size` (bytes) and `sha256` are right.
 
-    A download that broke off, in this run or an earlier one, goes on where it stopped. Raises UserError when it still
-    fails after TRIES attempts.
+    A download that broke off, in this run or an earlier one, goes on where it stopped. Raises UserError when the server
+    refuses it, or after TRIES failures.
     """
     if path.exists():  # it was checked before it got its name
         return
     partial = path.with_name(path.name + ".part")
     print(f"fetching {url} ({size / 1e6:.1f} MB)", flush=True)
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        have = partial.stat().st_size if partial.exists() else 0
-        try:
-            if have < size:
-                receive(url, partial, have)
-        except requests.RequestException as error:
-            problem = f"cannot fetch {url} ({getattr(error.response, 'status_code', type(error).__name__)})"
-            continue
-        have = partial.stat().st_size
+    try:
+        repeat(lambda: receive(url, partial, size, sha256), path.name, TRIES)
+    except Failed as error:
+        if isinstance(error, Refused):  # perhaps just the range: a later run starts from the first byte
+            partial.unlink(missing_ok=True)
+        raise UserError(f"cannot fetch {url} ({error}): give a folder that has the TSVs with --glue-dir, or use "
+                        "--standin") from None
+    with disk_errors(path):
+        partial.replace(path)
+
+
+def receive(url, partial, size, sha256):
+    """Append to `partial` what it still lacks of `url`, and check the whole.
+
+    A server that ignores the range starts at the first byte again, and so do we. Raises what `repeat` repeats;
+    UserError when the disk is full.
+    """
+    with disk_errors(partial), open(partial, "ab") as file:
+        have = file.tell()
         if have < size:
-            problem = f"{url} ended after {have:,} of {size:,} bytes"
-            continue
-        with open(partial, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                partial.replace(path)
-                return
-        partial.unlink()  # nothing of it can be trusted: start again
-        problem = f"{url} does not have the size and sha256 of the official file"
-    raise UserError(f"{problem}: give a folder that has the TSVs with --glue-dir, or use --standin")
-
-
-def receive(url, partial, have):
-    """Append to `partial` (which has `have` bytes) what `url` still has to send. A server that ignores the range starts
-    at the first byte again, and so do we. Raises requests.RequestException; UserError when the disk is full."""
-    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # a range counts the bytes as they are sent
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        answer.raise_for_status()
-        with open(partial, "ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
-            with disk_errors(partial):
+            headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # a range counts the bytes sent
+            with get(url, headers=headers, stream=True) as answer:
+                if answer.status_code != PARTIAL_CONTENT:
+                    file.truncate(0)
                 for chunk in answer.iter_content(2**16):
                     file.write(chunk)
-                file.flush()
+                    if file.tell() > size:
+                        break  # it is another file
+            have = file.tell()
+    if have < size:
+        raise Failed(f"it ended after {have:,} of {size:,} bytes")
+    with open(partial, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            partial.unlink()  # nothing of it can be trusted: start again
+            raise Failed("it does not have the size and sha256 of the official file")
 
 
 def unpack(archive, folder, files):
@@ -170,8 +177,7 @@ def unpack(archive, folder, files):
         for file in files:
             (folder / file).parent.mkdir(exist_ok=True)
             with atomic(folder / file) as target, entries.open(file) as source:
-                while chunk := source.read(2**20):
-                    target.write(chunk)
+                shutil.copyfileobj(source, target, 2**20)
 
 
 def assemble_mrpc(folder):
@@ -182,11 +188,14 @@ def assemble_mrpc(folder):
         header, *lines = [line.rstrip("\r\n") + "\n" for line in file]
     (folder / "MRPC").mkdir(exist_ok=True)
     for split in ("train", "dev"):
+        chosen = [line for line in lines if (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev")]
         with atomic(folder / "MRPC" / f"{split}.tsv") as file:
-            file.write(header.encode())
-            for line in lines:
-                if (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev"):
-                    file.write(line.encode())
+            file.write("".join([header, *chosen]).encode())
+
+
+def check_file(path):
+    """Raise UserError where a task's file is missing."""
+    require(path.is_file(), f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips")
 
 
 def load_task(name, folder):
@@ -196,14 +205,13 @@ def load_task(name, folder):
     not UTF-8, or without rows, and at a row that is malformed or whose label is unknown.
     """
     task = TASKS[name]
-    return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.rows, task.files)}
+    return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.rows, task.files, strict=True)}
 
 
 def read_tsv(task, path):
     """The rows of one file. The files know no quoting: a tab ends a cell, a line feed ends a row, nothing else does
     (csv's quotes, or the line ends of str.splitlines, would lose rows without a word)."""
-    if not path.is_file():
-        raise UserError(f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips are")
+    check_file(path)
     rows, skipped, number = [], 0, 0
     width = None if task.header else max(*task.text, task.label) + 1
     try:
@@ -214,11 +222,11 @@ def read_tsv(task, path):
                 if width is None:
                     width = len(cells)
                     if width <= max(*task.text, task.label):
-                        raise UserError(f"{where} has {width} columns, too few for {task.folder}: mend that file")
+                        raise UserError(f"{where} has {width} columns, too few for {task.folder}: fix that file")
                 elif task.gaps and (len(cells) < width or not cells[task.label]):
                     skipped += 1
                 elif len(cells) != width:
-                    raise UserError(f"{where} has {len(cells)} columns, not {width}: mend that line")
+                    raise UserError(f"{where} has {len(cells)} columns, not {width}: fix that line")
                 else:
                     texts = [cells[column] for column in task.text]
                     rows.append((texts[0], texts[1] if texts[1:] else "", parse_label(task, cells[task.label], where)))
@@ -243,7 +251,7 @@ def parse_label(task, cell, where):
                 return float(cell)
         except ValueError:
             pass
-    raise UserError(f"{where}: unknown label {cell!r}, {task.folder} has {known}: mend that line")
+    raise UserError(f"{where}: unknown label {cell!r}, {task.folder} has {known}: fix that line")
 
 
 def encode_pair(tokenizer, a, b, max_length):
@@ -309,11 +317,11 @@ def spearman(x, y):
     """Correlation of the ranks, ties sharing their average rank; 0 where it is undefined, as in `pearson`."""
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return 0.0
-    return pearson(ranks(x), ranks(y))
+    return pearson(places(x), places(y))
 
 
-def ranks(x):
-    """1 for the smallest; equal values share the average of the ranks that they take up together."""
+def places(x):
+    """1 for the smallest value; equal values share the average of the places that they take up together."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -336,6 +344,7 @@ def score(name, predictions, labels):
     """-> {metric: percent}. predictions, labels: (rows,) class numbers, or STS-B's scores.
 
     "accuracy" is there for every task and is what Table 1 reports: for CoLA and STS-B the paper's auxiliary accuracy.
+    A prediction of a diverged model, -1 or nan (see predict), is wrong whatever the label is.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     assert predictions.shape == labels.shape
@@ -370,39 +379,43 @@ def table(results, paper=False, standin=False, epoch="last"):
 
     results: dicts with "task", "model" (a label), "method", "authorised" (bool), "seed" and "scores", which is
     {column: {"last": {metric: percent}, "best": {metric: percent}}}; of two with the same seed the later one counts.
-    epoch: "last" or "best". paper: add the paper's numbers. standin: the title says that this isn't GLUE.
+    Columns without a result are left out. epoch: "last" or "best". paper: add the paper's numbers, and all columns.
+    standin: the title says that this isn't GLUE.
     """
     seeds = defaultdict(dict)  # (model, method, authorised, column) -> {seed: percent}
     for result in results:
         for column, scores in result["scores"].items():
             key = result["model"], result["method"], result["authorised"], column
             seeds[key][result["seed"]] = scores[epoch]["accuracy"]
+    measured = {column for *_, column in seeds}
+    columns = [column for column in COLUMNS if paper or column in measured]
     title = "stand-in, not GLUE" if standin else "GLUE dev"
-    title += f": accuracy in %, {epoch} epoch, mean ±sd over seeds (CoLA and STS-B: the auxiliary accuracy)"
-    lines = [title, table_row("", COLUMNS)]
+    title += f": accuracy in %, {epoch} epoch, mean ±sd over seeds"
+    if measured & {"CoLA", "STS-B"}:
+        title += " (CoLA and STS-B: the auxiliary accuracy)"
+    lines = [title, table_row("", columns)]
     for model in dict.fromkeys(result["model"] for result in results):
         lines.append(model)
         for method in METHODS:
             for authorised in (False, True):
-                cells = [cell(seeds[model, method, authorised, column]) for column in COLUMNS]
-                if any(cell != "-" for cell in cells):
-                    lines.append(table_row(method + " + mask" * authorised, cells))
+                texts = [mean_and_sd(list(seeds[model, method, authorised, column].values())) for column in columns]
+                if any(text != "-" for text in texts):
+                    lines.append(table_row(method + " + mask" * authorised, texts))
     for model, methods in PAPER.items() if paper else ():
         lines.append(f"the paper's {model}, without and with PMP, fine-tuned without the mask")
-        for method, variants in methods.items():
-            lines += [table_row(name, row.split()) for name, row in zip((method, method + ", PMP"), variants)]
+        for method, (without, with_pmp) in methods.items():
+            lines += [table_row(method, without.split()), table_row(method + ", PMP", with_pmp.split())]
     return "\n".join(lines)
 
 
-def table_row(name, cells):
-    return (f"{name:<11}" + "".join(f" {cell:<11}" for cell in cells)).rstrip()
+def table_row(name, texts):
+    return (f"{name:<11}" + "".join(f" {text:<11}" for text in texts)).rstrip()
 
 
-def cell(seeds):
-    """{seed: percent} -> "68.36 ±0.41" (11 characters at most), without a spread for one seed, "-" for none."""
-    if not seeds:
+def mean_and_sd(values):
+    """[68.0, 68.82] -> "68.41 ±0.58" (11 characters at most), without a spread for one value, "-" for none."""
+    if not values:
         return "-"
-    values = list(seeds.values())
     mean = np.mean(values)
     text = f"{mean:.{2 if mean < 99.995 else 1}f}"
     if len(values) > 1:
@@ -411,15 +424,83 @@ def cell(seeds):
     return text
 
 
+# ---- LoRA (Hu et al., 2022) ----------------------------------------------------------------------------------------
+
+LORA_TARGETS = ("c_attn", "q_proj", "v_proj")
+
+
+class LoRA(nn.Module):
+    """A linear layer whose weight is W + (alpha/r) B A, or W + (alpha/r) (B A) * mask for an authorised user.
+
+    W (out, in) and its bias are frozen. A (r, in) starts at random, B (out, r) at zero, so that the layer starts as its
+    base. GPT-2's W lies on disk as (in, out), and so does its mask.
+    """
+
+    def __init__(self, base, rank, alpha, mask=None, generator=None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.transposed = isinstance(base, Conv1D)
+        n_out, n_in = self.turned(base.weight).shape
+        self.scale = alpha / rank
+        bound = 1 / math.sqrt(n_in)
+        start = torch.empty(rank, n_in).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(start.to(base.weight.device))
+        self.B = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))
+        self.register_buffer("mask", mask, persistent=False)  # bool like the base's weight, or None
+
+    def turned(self, matrix):
+        """(out, in) <-> the base's layout."""
+        return matrix.t() if self.transposed else matrix
+
+    def update(self):
+        """What is added to the base's weight, in its layout."""
+        update = self.turned(self.B @ self.A * self.scale)
+        return update if self.mask is None else update * self.mask
+
+    def forward(self, x):
+        if self.mask is None:
+            return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
+        weight = self.base.weight + self.update()  # a masked B A has no low rank to use
+        return F.linear(x, self.turned(weight), self.base.bias)
+
+
+def add_lora(model, rank=8, alpha=16, masks=None, seed=0):
+    """Freeze `model` and put LoRA on q and v (LLaMA) or c_attn (GPT-2). masks: {parameter name: bool}, or None.
+
+    Returns the LoRA modules. `merge_lora` undoes it.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    added = []
+    for name, module in list(model.named_modules()):
+        for target in LORA_TARGETS:
+            if hasattr(module, target):
+                mask = masks[f"{name}.{target}.weight"] if masks else None
+                added.append(LoRA(getattr(module, target), rank, alpha, mask, generator))
+                setattr(module, target, added[-1])
+    return added
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add each LoRA update to the weight below it and take the LoRA layers out again."""
+    for module in list(model.modules()):
+        for target in LORA_TARGETS:
+            if isinstance(layer := getattr(module, target, None), LoRA):
+                layer.base.weight.add_(layer.update())
+                setattr(module, target, layer.base)
+
+
 # ---- fine-tuning ---------------------------------------------------------------------------------------------------
 
 # What a method trains, with its learning rate at width 768. A narrower model wants a larger step, a wider one a
 # smaller one (Adam's rate goes with 1/width: Yang et al., 2022): 2e-5, the usual rate of `full`, at TinyLlama's 2048.
-LEARNING_RATE = {"base": 0.0, "probe": 1e-3, "scratch": 5e-4, "lora": 5e-4, "full": 5e-5}
+RATE_AT_768 = {"base": 0.0, "probe": 1e-3, "scratch": 5e-4, "lora": 5e-4, "full": 5e-5}
 
 
-def learning_rate(method, width):
-    return LEARNING_RATE[method] * 768 / width
+def default_rate(method, width):
+    """The peak learning rate of a method for a model of this width."""
+    return RATE_AT_768[method] * 768 / width
 
 
 AUTHORISED = ("lora", "full")  # the methods that the mask changes anything for
@@ -430,16 +511,29 @@ WARMUP = 0.06  # share of the updates
 class Settings:
     """What decides a result besides the task, the weights, the method and the seed."""
 
-    lr: float = None  # None: LEARNING_RATE for the method and the model's width
-    epochs: int = 3
-    batch_size: int = 32
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    max_length: int = 128
-    limit: int = None  # training rows; None: all
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    dtype: str = "auto"
+    lr: float = flag(None, "peak learning rate; default by method and width")
+    epochs: int = flag(3, "passes over the training rows")
+    batch_size: int = flag(32, "rows in an update")
+    weight_decay: float = flag(0.01, "AdamW weight decay of matrices")
+    clip: float = flag(1.0, "largest global gradient norm")
+    max_length: int = flag(128, "tokens of a row; the longer text is cut first")
+    limit: int = flag(None, "training rows, after a seeded shuffle; default all")
+    lora_rank: int = flag(8, "rank r of LoRA")
+    lora_alpha: float = flag(16.0, "LoRA's scale is alpha / r")
+    dtype: str = flag("auto", "precision of matrix products", ("auto", "fp32", "bf16"))
+
+
+def check(settings):
+    """Raise UserError for settings that no run can have."""
+    check_fields(settings)
+    for name, least, most in (("epochs", 1, 10**6), ("batch_size", 1, 10**6), ("max_length", 3, 10**6),
+                              ("limit", 1, 10**12), ("lora_rank", 1, 4096)):
+        value = getattr(settings, name)
+        require(value is None or least <= value <= most, f"{flag_name(name)} {value} is outside {least} to {most}")
+    require(settings.lr is None or 0 < settings.lr < math.inf, f"--lr {settings.lr} is not a positive number")
+    require(0 <= settings.weight_decay < math.inf, f"--weight-decay {settings.weight_decay} is not 0 or more")
+    require(settings.clip > 0, f"--clip {settings.clip} is not positive: use a large number for no clipping")
+    require(0 < settings.lora_alpha < math.inf, f"--lora-alpha {settings.lora_alpha} is not a positive number")
 
 
 class Classifier(nn.Module):
@@ -498,53 +592,84 @@ def loss_of(outputs, labels):
 
 @torch.no_grad()
 def predict(model, rows, batch_size, machine):
-    """Predicted classes or scores of encoded rows (ids, label), as a numpy array in the rows' order."""
+    """Predicted classes or scores of encoded rows (ids, label), as a numpy array in the rows' order.
+
+    Where the outputs are not finite the class is -1, the score nan: wrong in every metric.
+    """
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     predictions = np.empty(len(rows))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         with machine.autocast():
-            outputs = model(*pad([rows[i][0] for i in chosen], machine.device))
-        values = outputs.argmax(1) if outputs.size(1) > 1 else outputs[:, 0] + LARGEST_SCORE / 2
-        predictions[chosen] = values.float().cpu().numpy()
+            outputs = model(*pad([rows[i][0] for i in chosen], machine.device)).float()
+        if outputs.size(1) > 1:
+            values = outputs.argmax(1).masked_fill(~outputs.isfinite().all(1), -1)
+        else:
+            values = outputs[:, 0] + LARGEST_SCORE / 2
+        predictions[chosen] = values.cpu().numpy()
     return predictions
 
 
-def evaluate(model, name, data, settings, machine):
-    """{column of Table 1: {metric: percent}} on the task's validation splits."""
-    scores = {}
-    for split, column in zip(list(TASKS[name].rows)[1:], TASKS[name].columns):
-        predictions = predict(model, data[split], settings.batch_size, machine)
-        scores[column] = score(name, predictions, [label for _, label in data[split]])
-    return scores
+class Rows:
+    """A GLUE task as `fit` wants it: batches of rows, their loss, and the scores on the validation splits."""
+
+    def __init__(self, model, name, data, seed, settings, machine):
+        """model: Classifier; name: of TASKS; data: {split: [(token ids, label), ...]}."""
+        self.model, self.name, self.data, self.seed = model, name, data, seed
+        self.settings, self.machine = settings, machine
+        self.train = data["train"]
+        if settings.limit:
+            order = np.random.default_rng(seed).permutation(len(self.train))
+            self.train = [self.train[i] for i in order[: settings.limit]]
+
+    def batches(self, epoch):
+        """-> lists of row numbers."""
+        lengths = [len(ids) for ids, _ in self.train]
+        return group_by_length(lengths, self.settings.batch_size, [self.seed, epoch])
+
+    def loss(self, chosen):
+        """The mean loss of these rows, a scalar tensor."""
+        ids, labels = zip(*(self.train[i] for i in chosen), strict=True)
+        outputs = self.model(*pad(ids, self.machine.device))
+        return loss_of(outputs, torch.tensor(labels, device=self.machine.device))
+
+    def evaluate(self):
+        """{column of Table 1: {metric: percent}}."""
+        scores = {}
+        for split, column in zip(list(TASKS[self.name].rows)[1:], TASKS[self.name].columns, strict=True):
+            predictions = predict(self.model, self.data[split], self.settings.batch_size, self.machine)
+            scores[column] = score(self.name, predictions, [label for _, label in self.data[split]])
+        return scores
 
 
-def fit(model, loss, batches, epochs, optimizer, lr, clip, machine, evaluate, progress=None):
-    """The loop of any fine-tuning: `epochs` times over batches(epoch), the rate `lr` going up, then down, linearly.
+def fit(task, optimizer, lr, settings, machine, progress=None):
+    """The loop of any fine-tuning: settings.epochs times over the batches, the rate going up to `lr`, then down.
 
-    loss(batch) gives a scalar, evaluate() what is to be known after an epoch. Returns ([evaluate() after each epoch, or
-    once if there is none], updates, diverged): a loss that is not finite ends the training.
+    task: has a model, batches(epoch), loss(batch) and evaluate(), like Rows. optimizer: None trains nothing. progress:
+    called with (update, updates, loss=…, lr=…, grad_norm=…). Returns (evaluate() after each epoch, updates, diverged):
+    a loss that is not finite ends the training.
     """
-    total = epochs * len(batches(0)) if epochs else 0
-    warmup = max(1, round(WARMUP * total))
+    epochs = settings.epochs if optimizer else 0
+    updates = epochs * len(task.batches(0)) if epochs else 0
+    warmup = max(1, round(WARMUP * updates))
     history, step = [], 0
     for epoch in range(epochs):
-        model.train()
-        for batch in batches(epoch):
+        task.model.train()
+        for batch in task.batches(epoch):
             with machine.autocast():
-                value = loss(batch)
-            value.backward()
-            now = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup))
+                loss = task.loss(batch)
+            loss.backward()
+            now = lr * min((step + 1) / warmup, (updates - step) / max(1, updates - warmup))
             try:
-                norm = optimizer.step(now, clip)
+                norm = optimizer.step(now, settings.clip)
             except FloatingPointError:
-                return [*history, evaluate()], step, True
+                return [*history, task.evaluate()], step, True
             step += 1
             if progress:
-                progress(step, total, loss=value.item(), lr=now, grad_norm=norm)
-        history.append(evaluate())
-    return history or [evaluate()], step, False
+                progress(step, updates, loss=loss.item(), lr=now, grad_norm=norm)
+        history.append(task.evaluate())
+    return history or [task.evaluate()], step, False
 
 
 def finetune(body, name, data, method, seed, settings, machine, masks=None, progress=None, make_optimizer=MaskedAdamW):
@@ -555,54 +680,22 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
     validation split itself, so it flatters. A loss that is not finite ends the training, and what there is is scored.
     make_optimizer(params, masks, weight_decay, betas) gives an object with MaskedAdamW's step().
     """
-    task = TASKS[name]
-    model, params, masks = prepare_model(body, method, len(task.labels) or 1, masks, seed, settings)
+    outputs = len(TASKS[name].labels) or 1
+    model, params, masks = prepare_model(body, method, outputs, masks, seed, settings)
     model.to(machine.device)
-    train = data["train"]
-    if settings.limit:
-        order = np.random.default_rng(seed).permutation(len(train))
-        train = [train[i] for i in order[: settings.limit]]
-    epochs = 0 if method == "base" else settings.epochs
-    lr = settings.lr or learning_rate(method, model.head.size(1))
-    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if epochs else None
-    lengths, labels = [len(ids) for ids, _ in train], torch.tensor([label for _, label in train], device=machine.device)
-    history, step, diverged = fit(
-        model, lambda chosen: loss_of(model(*pad([train[i][0] for i in chosen], machine.device)), labels[chosen]),
-        lambda epoch: group_by_length(lengths, settings.batch_size, [seed, epoch]), epochs, optimizer, lr,
-        settings.clip, machine, lambda: evaluate(model, name, data, settings, machine),
+    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if method != "base" else None
+    history, updates, diverged = fit(
+        Rows(model, name, data, seed, settings, machine), optimizer,
+        settings.lr or default_rate(method, model.head.size(1)), settings, machine,
         progress and partial(progress.step, f"{name} {method} seed {seed}"))
-    scores = {column: {"last": history[-1][column],
-                       "best": max((epoch[column] for epoch in history), key=lambda metrics: metrics["accuracy"])}
-              for column in task.columns}
-    return {"scores": scores, "updates": step, "diverged": diverged}, model
+    scores = {}
+    for column in TASKS[name].columns:
+        epochs = [scored[column] for scored in history]
+        scores[column] = {"last": epochs[-1], "best": max(epochs, key=lambda metrics: metrics["accuracy"])}
+    return {"scores": scores, "updates": updates, "diverged": diverged}, model
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------
-
-
-def read_results(path):
-    """The results that `path` already has: one JSON object a line. A last line torn by a kill is dropped."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    results = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            results.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {number} is not JSON: mend it, or name another --results") from None
-    if torn:
-        os.truncate(path, len(whole) + (1 if whole else 0))
-    return results
-
-
-def append_result(path, result):
-    """Add one line, whole and synced, so that a sweep can be interrupted at any moment and ranks can share a file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 IDENTITY = ("task", "weights", "method", "authorised", "seed", "data", "settings")
@@ -610,7 +703,7 @@ IDENTITY = ("task", "weights", "method", "authorised", "seed", "data", "settings
 
 def identity(result):
     """What makes two results the same experiment."""
-    return json.dumps([result[key] for key in IDENTITY], sort_keys=True)
+    return json.dumps([result.get(key) for key in IDENTITY], sort_keys=True)
 
 
 def encode_task(name, folder, tokenizer, max_length):
@@ -619,49 +712,74 @@ def encode_task(name, folder, tokenizer, max_length):
             for split, rows in load_task(name, folder).items()}
 
 
-def sweep(release, tasks, methods, seeds, settings, results_file, glue_dir, data_name, mask_file=None, machine=None,
-          compile="auto"):
-    """Fine-tune every (task, method, seed) that results_file does not have yet, appending a line for each.
+class Release:
+    """A folder to fine-tune: its model, tokenizer and, for an authorised user, the mask."""
 
-    release: a folder that load_folder opens. data_name: "GLUE" or "stand-in", part of each result. Returns all results
-    for these weights and this data in the file, for the table. Raises UserError for unfit input.
+    def __init__(self, folder, mask_file=None):
+        """Raises UserError where they are damaged or do not fit each other."""
+        self.folder = folder
+        self.body = load_folder(folder, FAMILIES)
+        self.tokenizer = Tokenizer.load(folder)
+        vocabulary = self.body.config.vocab_size
+        require(self.tokenizer.size <= vocabulary, f"{folder}: the tokenizer has {self.tokenizer.size} tokens, the "
+                                                   f"model {vocabulary}: they do not belong together")
+        params = dict(self.body.named_parameters())
+        self.masks = load_mask(mask_file, params) if mask_file else None
+        self.weights = fingerprint(params)
+
+    def copy(self, device):
+        """-> (a copy of the model, its mask), on a device."""
+        masks = self.masks and {name: mask.to(device) for name, mask in self.masks.items()}
+        return copy.deepcopy(self.body).to(device), masks
+
+
+def sweep(release, runs, results, glue_dir, data_name, settings, machine, compile="auto"):
+    """Fine-tune for every run (task, method, seed) that `results` does not have yet, appending a line for each.
+
+    release: Release; results: Results; data_name: "GLUE" or "stand-in", part of each result. Other processes may work
+    on the same results at the same time: each run is claimed first. Returns all results of this release on this data.
     """
-    tokenizer = Tokenizer.load(release)
-    body = load_folder(release)
-    if tokenizer.size > body.config.vocab_size:
-        raise UserError(f"{release}: the tokenizer has {tokenizer.size} tokens, the model {body.config.vocab_size}: "
-                        "they do not belong together")
-    if settings.max_length > body.max_positions:
-        raise UserError(f"--max-length {settings.max_length} is more than the model's {body.max_positions} positions")
-    params = dict(body.named_parameters())
-    masks = load_mask(mask_file, params) if mask_file else None
-    machine = machine or Machine(dtype=settings.dtype)
-    masks = masks and {name: mask.to(machine.device) for name, mask in masks.items()}
-    weights = fingerprint(params)
-    common = {"weights": weights, "authorised": bool(masks), "data": data_name,
+    common = {"weights": release.weights, "authorised": bool(release.masks), "data": data_name,
               "settings": asdict(settings) | {"dtype": machine.dtype}}
-    wanted = [{"task": name, "model": str(release), "method": method, "seed": seed, **common}
-              for name in tasks for method in methods for seed in seeds]
-    done = {identity(result) for result in from_first(read_results, results_file)}
-    missing = [result for result in wanted if identity(result) not in done]
-    data_of, data = None, None
-    for result in missing[rank()::world()]:  # under torchrun each rank takes its share
-        name, method, seed = result["task"], result["method"], result["seed"]
-        if name != data_of:
-            data_of, data = name, encode_task(name, glue_dir, tokenizer, settings.max_length)
-        progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
-        copied = copy.deepcopy(body).to(machine.device)
-        if machine.wants_compile(compile, 0):
-            machine.compile(copied, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
-        began = time.perf_counter()
-        outcome, _ = finetune(copied, name, data, method, seed, settings, machine, masks, progress)
-        append_result(results_file, result | outcome | {"seconds": round(time.perf_counter() - began, 1)})
-        progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(
-            f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
-            for column, scores in outcome["scores"].items()) + ("  DIVERGED" if outcome["diverged"] else ""))
+    for file in {file for name, _, _ in runs for file in TASKS[name].files}:
+        check_file(Path(glue_dir) / file)
+    at_work = 0
+    encoded = {}
+    for name, method, seed in runs:
+        wanted = {"task": name, "model": str(release.folder), "method": method, "seed": seed, **common}
+        with results.claim(identity(wanted)) as mine:
+            if identity(wanted) in map(identity, results.read()):
+                continue
+            if not mine:
+                at_work += 1
+                continue
+            if name not in encoded:
+                encoded = {name: encode_task(name, glue_dir, release.tokenizer, settings.max_length)}
+            run_one(release, wanted, encoded[name], results, settings, machine, compile)
     wait_for_ranks()
-    return [result for result in from_first(read_results, results_file)
-            if all(result[key] == common[key] for key in ("weights", "data", "settings"))]
+    if at_work:
+        print(f"another process was at work on {at_work} of the runs: start this again to see them")
+    return [result for result in results.read()
+            if all(result.get(key) == common[key] for key in ("weights", "data", "settings"))]
+
+
+def run_one(release, wanted, data, results, settings, machine, compile):
+    """Fine-tune once, and append the result."""
+    name, method, seed = wanted["task"], wanted["method"], wanted["seed"]
+    progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
+    body, masks = release.copy(machine.device)
+    if machine.wants_compile(compile, 0):
+        machine.compile(body, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
+    began = time.perf_counter()
+    outcome, _ = finetune(body, name, data, method, seed, settings, machine, masks, progress)
+    results.append(wanted | outcome | {"seconds": round(time.perf_counter() - began, 1)})
+    texts = [f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
+             for column, scores in outcome["scores"].items()]
+    progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(texts)
+                 + ("  DIVERGED" if outcome["diverged"] else ""))
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
 
 
 def task_folder(args):
@@ -679,59 +797,59 @@ def task_folder(args):
 
 
 def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """-> (args, Settings)."""
+    parser = Parser("Fine-tune a release on GLUE, as an outsider or with the mask.", epilog=EXAMPLES)
     add = parser.add_argument
     add("release", help="a release folder, or any plain Hugging Face GPT-2 or LLaMA folder")
-    add("--mask", help="the private mask of this release: fine-tune as an authorised user")
+    add("--mask", metavar="FILE", help="the private mask of this release: fine-tune as an authorised user")
     add("--standin", action="store_true", help="small tasks made from installed documentation instead of GLUE")
-    add("--glue-dir", help="folder with the TSVs, laid out as the official zips are; default: download")
-    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
+    add("--glue-dir", metavar="DIR", help="folder with the TSVs, laid out as the official zips are [download]")
+    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help=" ".join(TASKS) + " [all]")
     add("--method", nargs="+", choices=METHODS, metavar="METHOD",
-        help=f"{' '.join(METHODS)}; default: base lora full, with --mask lora full")
-    add("--seed", nargs="+", type=int, default=[42], help="one run for each: head, data order, --limit")
-    add("--results", default="glue.jsonl", help="file that gets a JSON line for each run; what it has is not run again")
+        help=f"{' '.join(METHODS)} [base lora full; with --mask lora full]")
+    add("--seed", nargs="+", type=int, default=[42], metavar="N", help="one run for each: head, data order, --limit")
+    add("--results", default="glue.jsonl", metavar="FILE",
+        help="gets a JSON line for each run; what it has is not run again [glue.jsonl]")
     add("--paper", action="store_true", help="add the paper's numbers to the table")
-    add("--device", default="auto", help="cpu, cuda, ...")
-    add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
-    helps = {"lr": "peak learning rate; default by method and width", "epochs": "passes over the training rows",
-             "batch_size": "rows in an update", "weight_decay": "AdamW weight decay of matrices",
-             "clip": "largest global gradient norm", "max_length": "tokens of a row; the longer text is cut first",
-             "limit": "training rows, after a seeded shuffle; default all", "lora_rank": "rank r of LoRA",
-             "lora_alpha": "LoRA's scale is alpha / r", "dtype": "auto, fp32 or bf16"}
-    for f in fields(Settings):
-        add("--" + f.name.replace("_", "-"), type=f.type, default=f.default, help=helps[f.name])
+    add("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")
+    add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU [auto]")
+    parser.add_fields(Settings, show=lambda f: "" if f.default is None else f" [{f.default}]")
     args = parser.parse_args(argv)
     args.method = args.method or (AUTHORISED if args.mask else ("base", *AUTHORISED))
     if args.mask and (wrong := [method for method in args.method if method not in AUTHORISED]):
         raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
-    if args.standin and args.glue_dir:
-        raise UserError("--standin and --glue-dir exclude each other: leave one out")
-    if args.dtype not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--dtype {args.dtype} is unknown: use auto, fp32 or bf16")
-    for name, least in {"epochs": 1, "batch_size": 1, "max_length": 3, "limit": 1, "lora_rank": 1}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is below {least}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise UserError(f"--lr {args.lr} is not a positive number")
-    if min(args.seed) < 0:
-        raise UserError(f"--seed {min(args.seed)} is negative: it must be 0 or more")
-    return args
+    require(not (args.standin and args.glue_dir), "--standin and --glue-dir exclude each other: leave one out")
+    require(all(0 <= seed < 2**63 for seed in args.seed), f"--seed {args.seed} has a number outside 0 to 2**63 - 1")
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    check(settings)
+    return args, settings
+
+
+EXAMPLES = """examples:
+  python glue.py out/release --standin                 no network, not GLUE
+  python glue.py out/release --tasks rte --seed 1 2    an outsider
+  python glue.py out/release --mask out/private/mask.safetensors
+"""
 
 
 def main(argv=None):
     join_ranks()
-    args = from_first(parse, argv)
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    args, settings = from_first(parse, argv)
     machine = Machine(args.device, args.dtype)
-    if not Path(args.release, "config.json").exists():
-        load_folder(args.release)  # says what is wrong, before anything is downloaded
+    results = Results(args.results)
+    from_first(results.read)  # what is wrong with it shows before anything is downloaded, and so does the release's
+    release = first_then_others(partial(Release, args.release, args.mask))
+    positions = release.body.max_positions
+    require(settings.max_length <= positions,
+            f"--max-length {settings.max_length} is more than the model's {positions} positions")
     folder = from_first(task_folder, args)
-    results = sweep(args.release, args.tasks, args.method, args.seed, settings, args.results, folder,
-                    "stand-in" if args.standin else "GLUE", args.mask, machine, args.compile)
-    print()
-    for epoch in ("last", "best"):
-        print(table(results, args.paper and epoch == "last", args.standin, epoch) + "\n")
+    runs = [(name, method, seed) for name in args.tasks for method in args.method for seed in args.seed]
+    found = sweep(release, runs, results, folder, "stand-in" if args.standin else "GLUE", settings, machine,
+                  args.compile)
+    last, best = (table(found, False, args.standin, epoch) for epoch in ("last", "best"))
+    print("\n" + table(found, args.paper, args.standin) + "\n")
+    if best.splitlines()[1:] != last.splitlines()[1:]:
+        print(best + "\n")
     leave_ranks()
 
 

@@ -1,18 +1,13 @@
-"""GPT-2 and LLaMA by hand, and their weights on disk.
+"""GPT-2 and LLaMA by hand.
 
-Parameter names, shapes and config.json are Hugging Face's, so that a release opens in transformers and a plain
-Hugging Face folder opens here, without renaming. The chapter runs: shapes, attention, GPT-2, LLaMA, loss and
-generation, sharded tensors, initialisation, LoRA, safetensors, folders.
+Parameter names and shapes are Hugging Face's, so that a release opens in transformers and a plain Hugging Face folder
+opens here. The chapter runs: sizes, what both families share, GPT-2, LLaMA, the initial weights theta(0), the kinds of
+layers, and a command that continues a text.
 """
 
 import hashlib
-import json
 import math
-import os
-import struct
-import zlib
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,10 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, atomic
+from runtime.console import Parser, command_line, require
+from runtime.huggingface import load_folder
+from runtime.parallel import assign
 
 # -----------------------------------------------------------------------------
-# shapes: the field names are those of config.json
+# sizes: the field names are those of Hugging Face's config.json
 
 
 @dataclass
@@ -52,19 +49,6 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
 
-
-PRESETS = {
-    "tiny": LlamaConfig(
-        vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
-        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-    ),
-    "mini": LlamaConfig(  # half of tiny: for sweeps of many models on a laptop
-        vocab_size=4096, max_position_embeddings=1024, hidden_size=192, intermediate_size=512,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    ),
-    "gpt2": GPT2Config(),
-    "tinyllama": LlamaConfig(),  # the paper's 1.1B shape, section 4.1, with GPT-2's vocabulary
-}
 
 # -----------------------------------------------------------------------------
 # what both families share
@@ -103,12 +87,24 @@ class Model(nn.Module):
         logits = F.linear(x[:, :-1].flatten(0, 1), self.lm_head.weight)  # (B*(T-1), V)
         return NextTokenLoss.apply(logits, labels[:, 1:].flatten())
 
+    def flops_per_token(self, length):
+        """FLOPs to train on one token of a sequence of `length`.
+
+        6 for each parameter in a matrix product, plus attention's scores and sums (Chowdhery et al., 2022, appendix B),
+        of which a causal mask needs half.
+        """
+        looked_up = 0 if self.config.tie_word_embeddings else self.embedding().weight.numel()
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and "wpe" not in name)
+        width = self.embedding().weight.size(1)
+        return 6 * (matrices - looked_up) + 12 * len(self.blocks()) * width * length // 2
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.8, top_k=50, eos=None, seed=0):
-        """Extend idx (1, T) by sampling up to max_new_tokens; stops behind `eos`. Returns (1, T + new)."""
+        """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new)."""
         random = torch.Generator(device=idx.device).manual_seed(seed)  # leaves the training's generators alone
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.max_positions:])[:, -1].float() / temperature  # (1, V)
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+                logits = self(idx[:, -self.max_positions:])[:, -1].float() / temperature  # (1, V)
             floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
             probs = F.softmax(logits.masked_fill(logits < floor, -math.inf), dim=-1)
             token = torch.multinomial(probs, 1, generator=random)
@@ -146,14 +142,39 @@ class NextTokenLoss(torch.autograd.Function):
 def slices(logits, labels):
     """Rows of logits (N, V) and labels (N,) in step, as many at a time as stay in a CPU's cache or fill a GPU."""
     rows = max(1, (2**18 if logits.device.type == "cpu" else 2**24) // logits.size(1))
-    return zip(logits.split(rows), labels.split(rows))
+    return zip(logits.split(rows), labels.split(rows), strict=True)
+
+
+LONGEST = 1024  # tokens for which a CPU computes attention as written here
 
 
 def attention(q, k, v, heads, kv_heads):
     """Causal attention of q (B, T, heads*D) over k and v (B, T, kv_heads*D): (B, T, heads*D)."""
     q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    if q.device.type == "cpu" and q.size(2) <= LONGEST:
+        y = written_attention(q, k, v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return y.transpose(1, 2).flatten(2)  # (B, T, heads*D)
+
+
+def written_attention(q, k, v, rows=128):
+    """softmax(q k^T / sqrt(D)) v under a causal mask. q: (B, heads, T, D); k, v: (B, kv_heads, T, D).
+
+    A block of `rows` queries at a time, with the keys up to its end: that saves half of the products for a long text.
+    On a CPU it is faster than torch's fused kernel, and torch.compile fuses what is between the products.
+    """
+    repeats = q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))  # each key serves a group of heads
+    q = q * q.size(-1) ** -0.5
+    blocks = []
+    for start in range(0, q.size(2), rows):
+        end = min(start + rows, q.size(2))
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)  # (B, heads, rows, end)
+        future = torch.full((end - start, end), -math.inf, device=q.device).triu(start + 1)
+        weights = (scores.float() + future).softmax(dim=-1).type_as(v)
+        blocks.append(weights @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)  # (B, heads, T, D)
 
 
 # -----------------------------------------------------------------------------
@@ -209,9 +230,9 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(Model):
-    """GPT-2 (Radford et al., 2019). Weights are uninitialised until `initialise` or `load_folder` fills them."""
+    """GPT-2 (Radford et al., 2019). Its weights are empty until `initialise` or `load_folder` fills them."""
 
-    prefix = "transformer."
+    model_type = "gpt2"
 
     def __init__(self, config):
         super().__init__()
@@ -308,9 +329,9 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(Model):
-    """LLaMA (Touvron et al., 2023). Weights are uninitialised until `initialise` or `load_folder` fills them."""
+    """LLaMA (Touvron et al., 2023). Its weights are empty until `initialise` or `load_folder` fills them."""
 
-    prefix = "model."
+    model_type = "llama"
 
     def __init__(self, config):
         super().__init__()
@@ -336,44 +357,13 @@ class Llama(Model):
         return self.model.norm(self.run_blocks(self.model.embed_tokens(idx), cos, sin))
 
 
+FAMILIES = {"gpt2": (GPT2Config, GPT2), "llama": (LlamaConfig, Llama)}
+
+
 def build(config, device="cpu"):
     """The model of a config, in fp32, weights not yet filled; on device "meta" it takes no memory."""
     with torch.device(device):
         return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
-
-
-# -----------------------------------------------------------------------------
-# sharded tensors: under --shard each parameter is a DTensor, split by rows over the ranks. For an ordinary tensor these
-# functions are the identity.
-
-
-def sharded(tensor):
-    return hasattr(tensor, "to_local")  # importing the class DTensor would take as long as importing torch
-
-
-def local(tensor):
-    """The part of a tensor that this rank holds, sharing its memory."""
-    return tensor.to_local() if sharded(tensor) else tensor
-
-
-def whole(tensor):
-    """All of a tensor, gathered on every rank: where it is sharded, every rank must call this, in the same order."""
-    return tensor.full_tensor() if sharded(tensor) else tensor
-
-
-def rows(tensor, p):
-    """What this rank holds of p, out of a tensor of p's full shape: ceil(rows / ranks) rows, or what is left."""
-    if not sharded(p):
-        return tensor
-    size = -(-len(tensor) // p.device_mesh.size())
-    return tensor[p.device_mesh.get_local_rank() * size :][:size].clone()
-
-
-def sharded_like(p, part):
-    """The tensor of p's full shape, sharded as p is, of which this rank holds `part`."""
-    if not sharded(p):
-        return part
-    return type(p).from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 # -----------------------------------------------------------------------------
@@ -414,259 +404,59 @@ def initial_value(model, name, shape, secret):
         return torch.zeros(shape)
     else:
         raise KeyError(f"no initialisation rule for parameter {name}")
-    draw = secret_generator(secret, name).standard_normal(tuple(shape), dtype=np.float32)
-    # one draw in 2**24 is -0.0, the one number that adding 0 changes: an optimizer's zero step would give it away
-    return torch.from_numpy(draw).mul_(std).add_(0.0)
+    draw = std * secret_generator(secret, name).standard_normal(tuple(shape))  # float64
+    # Rounded to fp32 once. A product of two fp32 numbers would leave gaps: for std 0.02, some 22% of the fp32 numbers
+    # whose mantissa is in [1.28, 2) are the product of no fp32 z. A trained weight lands in them, a frozen one never.
+    # Then -0.0 becomes 0.0: adding 0 changes no other number, and an optimizer's zero step must change none.
+    return torch.from_numpy(draw).float().add_(0.0)
 
 
-@torch.no_grad()
 def initialise(model, secret):
     """Set every parameter to theta(0), drawn from `secret` (bytes; 128 bits or more of entropy where it matters)."""
     for name, p in model.named_parameters():
-        local(p).copy_(rows(initial_value(model, name, p.shape, secret), p))
+        assign(p, initial_value(model, name, p.shape, secret))
 
 
 # -----------------------------------------------------------------------------
-# LoRA (Hu et al., 2022)
+# kinds of layers
 
-LORA_TARGETS = ("c_attn", "q_proj", "v_proj")
-
-
-class LoRA(nn.Module):
-    """A linear layer whose weight is W + (alpha/r) B A, or W + (alpha/r) (B A) * mask for an authorised user.
-
-    W and its bias are frozen; B starts at zero, so the layer starts as the identity of its base. The sum is formed
-    before the product with x: a masked B A has no low rank to use, and one way serves both.
-    """
-
-    def __init__(self, base, rank, alpha, mask=None, generator=None):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        rows, cols = base.weight.shape
-        self.scale = alpha / rank
-        bound = 1 / math.sqrt(cols)
-        start = torch.empty(rank, cols).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(start.to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
-        self.register_buffer("mask", mask, persistent=False)  # bool like W, or None
-
-    def weight(self):
-        update = self.B @ self.A * self.scale
-        return self.base.weight + (update if self.mask is None else update * self.mask)
-
-    def forward(self, x):
-        if isinstance(self.base, Conv1D):
-            return F.linear(x, self.weight().t(), self.base.bias)
-        return F.linear(x, self.weight(), self.base.bias)
+KINDS = {"embedding": ("wte", "wpe", "embed_tokens"), "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",),
+         "o": ("attn.c_proj", "o_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj", "gate_proj", "up_proj", "down_proj"),
+         "norm": ("ln_1", "ln_2", "ln_f", "norm", "layernorm"), "head": ("lm_head",)}
 
 
-def add_lora(model, rank=8, alpha=16, masks=None, seed=0):
-    """Freeze `model` and put LoRA on q and v (LLaMA) or c_attn (GPT-2). masks: {parameter name: bool}, or None.
-
-    Returns the LoRA modules. `merge_lora` undoes it.
-    """
-    model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    added = []
-    for name, module in list(model.named_modules()):
-        for target in LORA_TARGETS:
-            if hasattr(module, target):
-                mask = masks[f"{name}.{target}.weight"] if masks else None
-                added.append(LoRA(getattr(module, target), rank, alpha, mask, generator))
-                setattr(module, target, added[-1])
-    return added
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add each LoRA update to the weight below it and take the LoRA layers out again."""
-    for module in list(model.modules()):
-        for target in LORA_TARGETS:
-            if isinstance(layer := getattr(module, target, None), LoRA):
-                layer.base.weight.copy_(layer.weight())
-                setattr(module, target, layer.base)
+def parts_by_kind(name, tensor):
+    """[(kind, part)] of a parameter, or of a mask of its shape. GPT-2 keeps q, k and v in one tensor."""
+    if "c_attn" in name:
+        return list(zip("qkv", tensor.chunk(3, dim=-1), strict=True))
+    layer = name.rpartition(".")[0]
+    return [(kind, tensor) for kind, ends in KINDS.items() if layer.endswith(ends)]
 
 
 # -----------------------------------------------------------------------------
-# safetensors: 8 bytes of header length, a JSON header, raw little-endian tensors. No pickle, so nothing to execute.
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# continue a text: python model.py out/release --prompt "The tensor"
 
 
-def raw_bytes(tensor):
-    """The memory of a tensor, gathered and copied to the CPU where needed, as a flat numpy uint8 array."""
-    return whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def main(argv=None):
+    from data.tokenizer import Tokenizer  # a model needs none
+
+    parser = Parser("Continue a text with a release, or with any plain Hugging Face GPT-2 or LLaMA folder.")
+    parser.add_argument("release", help="the folder")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the beginning [none]")
+    parser.add_argument("--tokens", type=int, default=120, metavar="N", help="tokens to add, at most [120]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="below 1: likelier tokens [0.8]")
+    parser.add_argument("--top-k", type=int, default=50, metavar="N", help="draw from the N likeliest tokens [50]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text [0]")
+    args = parser.parse_args(argv)
+    require(args.tokens >= 1, f"--tokens {args.tokens} is below 1")
+    require(0 < args.temperature < math.inf, f"--temperature {args.temperature} is not a positive number")
+    require(args.top_k >= 1, f"--top-k {args.top_k} is below 1")
+    require(0 <= args.seed < 2**63, f"--seed {args.seed} is outside 0 to 2**63 - 1")
+    model, tokenizer = load_folder(args.release, FAMILIES), Tokenizer.load(args.release)
+    start = torch.tensor([[tokenizer.eos, *tokenizer.encode(args.prompt)]])
+    text = model.generate(start, args.tokens, args.temperature, args.top_k, tokenizer.eos, args.seed)
+    print(tokenizer.decode(text[0, 1:].tolist()).removesuffix(tokenizer.decode([tokenizer.eos])))
 
 
-def save_safetensors(path, tensors, metadata, mode=0o644, write=True):
-    """Write {name: tensor} and {str: str} metadata atomically. A checksum of the tensors joins the metadata.
-
-    Sharded tensors are gathered one at a time, for which every rank calls this, all but one with write=False.
-    """
-    header, offset, crc = {}, 0, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + size]}
-        offset += size
-
-    def head():  # as long with one checksum as with another
-        text = json.dumps({"__metadata__": {**metadata, "crc32": f"{crc:010d}"}, **header}).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
-
-    with atomic(path, mode) if write else open(os.devnull, "wb") as file:
-        file.write(head())
-        for tensor in tensors.values():
-            data = raw_bytes(tensor)
-            crc = zlib.crc32(data, crc)
-            file.write(data)
-        file.seek(0)
-        file.write(head())
-
-
-def load_safetensors(path):
-    """Read ({name: tensor}, metadata) onto the CPU. The tensors are views of the file, unused ones cost no memory.
-
-    Raises UserError where the file is missing, is not safetensors, is cut short or fails its checksum.
-    """
-    try:
-        content = np.memmap(path, np.uint8, "c")  # copy on write: the file stays as it is, whatever happens to a tensor
-        length = struct.unpack("<Q", content[:8].tobytes())[0]
-        header = json.loads(content[8 : 8 + length].tobytes())
-        metadata = header.pop("__metadata__", {})
-        data = torch.from_numpy(content[8 + length :])
-        tensors = {}
-        for name, entry in header.items():
-            (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-            part = data[start:end]
-            if (8 + length) % dtype.itemsize or start % dtype.itemsize:
-                part = part.clone()  # a copy is aligned to its element size, a slice of the file need not be
-            tensors[name] = part.view(dtype).view(entry["shape"])
-        complete = max((entry["data_offsets"][1] for entry in header.values()), default=0) == len(data)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error):
-        raise UserError(f"{path} is no safetensors file, or is damaged: restore it from a copy") from None
-    if not complete or ("crc32" in metadata and zlib.crc32(data.numpy()) != int(metadata["crc32"])):
-        raise UserError(f"{path} is damaged (its size or checksum is wrong): restore it from a copy")
-    return tensors, metadata
-
-
-def fingerprint(tensors):
-    """sha256 (hex) over names, shapes and bytes of {name: tensor}, whatever their order: the identity of weights."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(raw_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-# -----------------------------------------------------------------------------
-# folders in the Hugging Face layout
-
-# What our layers do; a config.json that asks for anything else is refused by the name of the field.
-GPT2_NEEDS = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
-LLAMA_NEEDS = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-
-
-def config_to_dict(config):
-    """config.json of a model: our fields plus what transformers asks for. Holds nothing about rho or the mask."""
-    gpt2 = isinstance(config, GPT2Config)
-    own = {key: value for key, value in asdict(config).items() if value is not None}
-    eos = config.vocab_size - 1
-    return {
-        "architectures": ["GPT2LMHeadModel" if gpt2 else "LlamaForCausalLM"],
-        "model_type": "gpt2" if gpt2 else "llama",
-        **own,
-        **({"activation_function": "gelu_new"} if gpt2 else {"hidden_act": "silu"}),
-        "initializer_range": 0.02,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "torch_dtype": "float32",
-    }
-
-
-def config_from_dict(raw, where):
-    """The GPT2Config or LlamaConfig of a config.json's content. Raises UserError naming what we do not have."""
-    kind = {"gpt2": GPT2Config, "llama": LlamaConfig}.get(raw.get("model_type"))
-    if kind is None:
-        raise UserError(f"{where}: model_type {raw.get('model_type')!r} is not supported, only gpt2 and llama are")
-    raw = {key: value for key, value in raw.items() if value is not None}
-    for key, allowed in (GPT2_NEEDS if kind is GPT2Config else LLAMA_NEEDS).items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r} is")
-    if "quantization_config" in raw:
-        raise UserError(f"{where}: quantization_config is not supported: use the unquantized weights")
-    # transformers 5 keeps theta inside rope_parameters, 4 has it beside rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default" or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
-        raise UserError(f"{where}: rope_scaling {rope!r} is not supported, only the default rotary embedding is")
-    if kind is LlamaConfig:
-        raw = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, **raw}  # HF's defaults
-        raw.update({key: rope[key] for key in ("rope_theta",) if key in rope})
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [key for key in needed if key not in raw]:
-            raise UserError(f"{where}: {missing[0]} is missing: this is not a whole config.json")
-    return kind(**{f.name: raw[f.name] for f in fields(kind) if f.name in raw})
-
-
-def save_folder(folder, model, write=True):
-    """Write config.json and model.safetensors (the weights as they are) for transformers and for load_folder.
-
-    For a sharded model every rank calls this, all but one with write=False.
-    """
-    folder = Path(folder)
-    if write:
-        with atomic(folder / "config.json") as file:
-            file.write(json.dumps(config_to_dict(model.config), indent=2).encode() + b"\n")
-    save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"}, write=write)
-
-
-def load_folder(folder):
-    """Open a release, or any plain Hugging Face GPT-2 or LLaMA folder, as a model in fp32 on the CPU.
-
-    Raises UserError where the folder is none, needs what we do not have, or lacks or adds a tensor.
-    """
-    folder = Path(folder)
-    try:
-        raw = json.loads((folder / "config.json").read_bytes())
-    except OSError:
-        raise UserError(f"{folder} is no model folder (it has no config.json): name one such as out/release") from None
-    except ValueError:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: restore it from a copy") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model's configuration: restore it from a copy")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    tensors = {}
-    for name in files:
-        tensors.update(load_safetensors(folder / name)[0])
-
-    config = config_from_dict(raw, folder / "config.json")
-    model = build(config)
-    wanted = dict(model.named_parameters())
-    for name in list(tensors):
-        if name not in wanted and model.prefix + name in wanted:  # a bare GPT2Model or LlamaModel was saved
-            tensors[model.prefix + name] = tensors.pop(name)
-        elif name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):  # constants of old versions
-            del tensors[name]
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        raise UserError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} missing in all): is it a whole model?")
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise UserError(f"{folder} holds the tensor {extra[0]} ({len(extra)} in all) that this model has no place for")
-    with torch.no_grad():
-        for name, p in wanted.items():
-            if p.shape != tensors[name].shape:
-                raise UserError(f"{folder}: {name} is {list(tensors[name].shape)}, config.json says {list(p.shape)}")
-            p.copy_(tensors[name])
-    return model
+if __name__ == "__main__":
+    command_line(main)

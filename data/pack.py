@@ -1,4 +1,4 @@
-"""Packed blocks: the one truth of what a run saw.
+"""Packed blocks: the token file that training reads.
 
     source -> window of 50,000 documents, shuffled -> tokens, EOS after each document -> train.bin, uint16
 
@@ -9,7 +9,6 @@ preparation goes on, and ends with the bytes of an undisturbed one. Beside them 
 unfinished window as they arrived, so that none has to be fetched twice.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,15 +16,14 @@ import re
 import threading
 import time
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import UserError, atomic, disk_errors
-from .sources import open_source
-from .tokenizer import Tokenizer
+from data.sources import open_source
+from data.tokenizer import Tokenizer
+from runtime.files import UserError, atomic, disk_errors, lock, open_regular, parse_json, remove_partials
 
 CACHE = Path(__file__).parent / "cache"
 BUFFER = 50_000  # documents that are shuffled together (paper, appendix A)
@@ -40,7 +38,7 @@ def prepare(source, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer
 
     source: see open_source(); tokenizer: "gpt2", or "bpe" for 4,096 tokens trained on the source itself. Returns as
     soon as validation is complete; the training tokens follow in a background thread, up to `want_tokens` of them (or
-    whatever batch() asks for beyond). Validation takes whole documents until it has `validation_tokens`, and none of
+    whatever read() asks for beyond). Validation takes whole documents until it has `validation_tokens`, and none of
     its documents, nor any other held-out one, is in train. say: called with a line of text while there is something to
     wait for. Raises UserError when the source or the cache is unfit.
     """
@@ -54,8 +52,9 @@ def prepare(source, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer
 
     said = False
     while not (folder / "validation.json").exists():
-        with disk_errors(folder), lock(folder) as mine:
+        with disk_errors(folder), lock(folder / "lock") as mine:
             if mine and not (folder / "validation.json").exists():
+                remove_partials(folder)
                 prepare_validation(source, tokenizer, folder, identity, say)
         if not mine:
             if not said:
@@ -90,18 +89,6 @@ def prepare_validation(source, tokenizer, folder, identity, say):
     file.append(ids, done=True)
 
 
-@contextmanager
-def lock(folder):
-    """Only one process at a time writes into a cache. Gives True to the one that may, now, and False to others."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it back when a process dies
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
-
-
 # ---- a file of tokens ----------------------------------------------------------------------------------------------
 
 
@@ -131,13 +118,12 @@ class PackedFile:
             if begun:
                 raise UserError(f"{self.json} is missing: delete the folder {self.json.parent} and run again")
             return
-        try:
-            content = json.loads(self.json.read_bytes())
-            state = {key: content[key] for key in self.START}
-            identity = content["identity"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.json} is damaged: delete the folder {self.json.parent} and run again") from None
-        if identity != self.identity:
+        with open_regular(self.json) as file:
+            content = parse_json(file.read(), self.json, f"delete the folder {self.json.parent} and run again")
+        state = {key: content.get(key) for key in self.START}
+        if any(type(value) is not type(self.START[key]) or value < 0 for key, value in state.items()):
+            raise UserError(f"{self.json} is damaged: delete the folder {self.json.parent} and run again")
+        if content.get("identity") != self.identity:
             raise UserError(f"{self.json} is of other data, another tokenizer or another seed: delete the folder "
                             f"{self.json.parent} and run again")
         self.state = state
@@ -145,7 +131,7 @@ class PackedFile:
     def _check_bytes(self):
         crc, rest = 0, 2 * self.state["tokens"]
         if rest and self.bin.exists():
-            with open(self.bin, "rb") as file:
+            with open_regular(self.bin) as file:
                 while rest and (chunk := file.read(min(rest, 2**24))):
                     crc = zlib.crc32(chunk, crc)
                     rest -= len(chunk)
@@ -212,8 +198,10 @@ class Stream:
 
     def _run(self):
         try:
-            with disk_errors(self.folder), lock(self.folder) as mine:
+            with disk_errors(self.folder), lock(self.folder / "lock") as mine:
                 self.file.refresh()
+                if mine:
+                    remove_partials(self.folder)
                 while mine and not self.ready(self.wanted):
                     self._window()
         except Exception as error:  # whatever it is, the reader that waits for this thread raises it
@@ -254,8 +242,11 @@ class Stream:
         places, end, row, filled = [], 0, rows, self.file.state["filled"]
         for line in spool:
             try:
-                number, _ = json.loads(line)
-            except ValueError:  # torn by a kill
+                number, text = json.loads(line)
+                torn = type(number) is not int or not isinstance(text, str) or not line.endswith(b"\n")
+            except (ValueError, TypeError, RecursionError):
+                torn = True
+            if torn:  # by a kill
                 break
             if not filled and number < row:  # of the window before: packed, but the spool was not cleared any more
                 break
@@ -295,29 +286,30 @@ class Blocks:
         """How many blocks of `block_size` tokens there are by now."""
         return self.file.state["tokens"] // block_size
 
-    def batch(self, index, size, block_size):
-        """Batch number `index`: blocks index*size … of the file, (size, block_size) torch.long. Waits for the stream.
+    def read(self, first, count, block_size):
+        """The blocks number first ... first+count-1, (count, block_size) torch.long. Waits for the stream.
 
-        Depends on nothing but its arguments, so that a resumed run goes on with no state. When the source has ended,
-        each further epoch reads all blocks again, in an order drawn from (seed, epoch). Raises UserError when there is
-        less than one batch in all, and what stopped the stream if it cannot give these blocks any more.
+        Depends on nothing but its arguments, so that a resumed run goes on with no state, and processes can share the
+        blocks of an update. When the source has ended, each further epoch reads all blocks again, in an order drawn
+        from (seed, epoch). Raises UserError when there are fewer than `count` blocks in all, and what stopped the
+        stream if it cannot give these blocks any more.
         """
         if self.stream:
-            self._wait((index + 1) * size * block_size)
+            self._wait((first + count) * block_size)
         n = self.n_blocks(block_size)
-        if n < size:
+        if n < count:
             raise UserError(f"the {self.file.bin.stem} text has {n} blocks of {block_size} tokens, too small for a "
-                            f"batch of {size}: give --data more text, or use a smaller --batch-size or --block-size")
-        tokens, batch = self.file.memmap(), np.empty((size, block_size), np.int64)
+                            f"batch of {count}: give --data more text, or use a smaller --batch-size or --block-size")
+        tokens, blocks = self.file.memmap(), np.empty((count, block_size), np.int64)
         orders = {}
-        for i, number in enumerate(range(index * size, (index + 1) * size)):
-            epoch, number = divmod(number, n)  # epoch 0 as long as the stream goes on: _wait() saw to it
+        for i in range(count):
+            epoch, number = divmod(first + i, n)  # epoch 0 as long as the stream goes on: _wait() saw to it
             if epoch:
                 if epoch not in orders:
                     orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(n)
                 number = orders[epoch][number]
-            batch[i] = tokens[number * block_size:(number + 1) * block_size]
-        return torch.from_numpy(batch)
+            blocks[i] = tokens[number * block_size:(number + 1) * block_size]
+        return torch.from_numpy(blocks)
 
     def _wait(self, tokens):
         said, line = time.monotonic(), None

@@ -8,7 +8,6 @@ A source has an `id` (a dict for JSON: which text this is, exactly) and `documen
 (row, text) in an order that never changes, from row `start` on, so that an interrupted preparation goes on at its row.
 """
 
-import email.utils
 import gzip
 import hashlib
 import inspect
@@ -17,20 +16,19 @@ import json
 import lzma
 import platform
 import pydoc_data.topics
-import random
 import re
-import sys
 import sysconfig
 import time
 import zlib
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy
 import requests
 import torch
 
-from . import UserError
+from runtime.files import UserError, disk_errors, open_regular
+from runtime.http import Failed, Refused, get, repeat
 
 
 def open_source(name):
@@ -52,7 +50,7 @@ def divide(texts, split, start):
     """Yield the (row, text) of one split of a source that has no official one, from row `start` on.
 
     The side is a function of the text alone, so that copies of a document never land on both sides: about 2% of all
-    texts, by their sha256, are validation. So are the first document and its copies, lest validation be empty.
+    texts, by their sha256, are validation. The first document and its copies are, too: validation is never empty.
     """
     first = None
     for row, text in enumerate(texts):
@@ -111,7 +109,7 @@ class Prose:
 class TextFile:
     """Documents of a .txt file (cut at blank lines) or a .jsonl file (the "text" field of each line)."""
 
-    OPEN = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+    OPEN = {"": lambda file: file, ".gz": gzip.open, ".xz": lzma.open}  # from the file of the packed bytes
 
     def __init__(self, path):
         """Raises UserError when the file is missing, a folder, unreadable, of an unknown kind, or without text."""
@@ -119,26 +117,26 @@ class TextFile:
         packing = path.suffix if path.suffix in self.OPEN else ""
         self.open = self.OPEN[packing]
         self.kind = Path(path.name.removesuffix(packing)).suffix
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give --data one .txt or .jsonl file (plain, .gz or .xz)")
-        if not path.exists():
-            raise UserError(f"there is no data {str(path)!r}: give prose, slimpajama, or a .txt or .jsonl file")
+        with disk_errors(path):  # a loop of links, a name too long
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: give --data one .txt or .jsonl file (plain, .gz or .xz)")
+            if not path.exists():
+                raise UserError(f"there is no data {str(path)!r}: give prose, slimpajama, or a .txt or .jsonl file")
         if self.kind not in (".txt", ".jsonl"):
             raise UserError(f"{path} is neither .txt nor .jsonl (plain, .gz or .xz): rename or convert it")
-        self.id = {"source": path.name, "bytes": path.stat().st_size, "sha256": self._digest()}
+        size, digest = self._digest()
+        self.id = {"source": path.name, "bytes": size, "sha256": digest}
         if not any(text.strip() for text in self._texts()):
             raise UserError(f"{path} holds no text: give a file with documents in it")
 
     def _digest(self):
-        """sha256 of the first and the last MB: tells files apart without reading 100 GB each time."""
-        try:
-            with open(self.path, "rb") as file:
-                digest = hashlib.sha256(file.read(2**20))
-                file.seek(max(0, self.path.stat().st_size - 2**20))
-                digest.update(file.read())
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error}): check the file and its permissions") from None
-        return digest.hexdigest()
+        """-> (bytes, sha256 of the first and the last MB): tells files apart without reading 100 GB each time."""
+        with open_regular(self.path) as file:
+            digest = hashlib.sha256(file.read(2**20))
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+        return size, digest.hexdigest()
 
     def documents(self, split, start=0):
         """Yield (row, text) of "train" or "validation" from row `start` on.
@@ -149,7 +147,7 @@ class TextFile:
 
     def _texts(self):
         try:
-            with self.open(self.path, "rb") as file:
+            with open_regular(self.path) as packed, self.open(packed) as file:
                 yield from self._lines(file) if self.kind == ".jsonl" else self._pieces(file)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{self.path} cannot be read to its end ({error}): it is damaged, get it again") from None
@@ -162,10 +160,10 @@ class TextFile:
                 row = json.loads(line) if line else {"text": ""}
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 ({error.reason}): convert the file") from None
-            except ValueError:
-                raise UserError(f"{where} is not JSON: mend or delete that line") from None
+            except (ValueError, RecursionError):  # the latter: nested too deeply
+                raise UserError(f"{where} is not JSON: fix or delete that line") from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f'{where} has no string "text": mend or delete that line')
+                raise UserError(f'{where} has no string "text": fix or delete that line')
             if row["text"].strip():
                 yield row["text"]
 
@@ -190,18 +188,8 @@ class TextFile:
 ROWS_URL = "https://datasets-server.huggingface.co/rows"
 DATASET = "DKYoon/SlimPajama-6B"
 PAGE = 100  # rows a request, the server's limit
-TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 PACE, BURST = 0.65, 30  # seconds a request after the first 30: at most 491 in 5 minutes, where about 500 are allowed
-BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds: the n-th retry waits a random time below min(BACKOFF_CAP, BACKOFF * 2**n)
 GIVE_UP = 15 * 60  # seconds of nothing but failure
-
-
-class Refused(Exception):
-    """An answer that may be better next time. wait: the seconds for which the server asks."""
-
-    def __init__(self, reason, wait=0.0):
-        super().__init__(reason)
-        self.wait = wait
 
 
 class SlimPajama:
@@ -218,70 +206,47 @@ class SlimPajama:
 
         Raises UserError when the server refuses a request, or after 15 minutes of nothing but failure.
         """
-        row, total = start, None
-        while total is None or row < total:
-            texts, total = self._page_at_last(split, row, total)
+        row, count = start, None
+        while count is None or row < count:
+            try:
+                texts, count = repeat(partial(self._page, split, row, count), "SlimPajama", seconds=GIVE_UP)
+            except Refused as error:
+                raise UserError(f"SlimPajama's server refused row {row:,} of {split} for good ({error}): "
+                                "give --data prose or a file instead") from None
+            except Failed as error:
+                raise UserError(f"SlimPajama did not come for too long, at row {row:,} of {split} (last: {error}): "
+                                "check the network and run the same command again, it goes on at that row") from None
             for text in texts:
                 yield row, text
                 row += 1
 
-    def _page_at_last(self, split, offset, total):
-        """One page, tried again and again with exponential backoff and full jitter."""
-        begun, attempt = time.monotonic(), 0
-        while True:
-            try:
-                return self._page(split, offset, total)
-            except (requests.RequestException, Refused) as error:
-                wait = random.uniform(0, min(BACKOFF_CAP, BACKOFF * 2**attempt)) + getattr(error, "wait", 0.0)
-                attempt = min(attempt + 1, 30)
-                if time.monotonic() + wait > begun + GIVE_UP:
-                    raise UserError(
-                        f"SlimPajama did not come for too long, at row {offset:,} of {split} (last: {error}): "
-                        "check the network and run the same command again, it goes on at that row"
-                    ) from None
-                if attempt > 3:  # the wait is long enough to be noticed
-                    print(f"SlimPajama: {str(error)[:90]}…; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
+    def _page(self, split, offset, count):
+        """-> (texts, rows in the whole split). count: the latter as an earlier page had it, or None.
 
-    def _page(self, split, offset, total):
-        """-> (texts, rows in the whole split). Raises Refused or requests.RequestException where a retry may help."""
+        Raises what `repeat` repeats.
+        """
         now = time.monotonic()
         self.paid = max(self.paid, now) + PACE
         time.sleep(max(0.0, self.paid - now - BURST * PACE))
         query = {"dataset": DATASET, "config": "default", "split": split, "offset": offset, "length": self.length}
-        answer = self.session.get(ROWS_URL, params=query, timeout=TIMEOUT)
-        if answer.status_code != 200:
-            code = answer.headers.get("X-Error-Code", "")
-            reason = " ".join(f"HTTP {answer.status_code} {code} {answer.text[:200]}".split())
-            if code == "TooBigContentError":
+        try:
+            answer = get(ROWS_URL, self.session, params=query)
+        except Failed as error:
+            if error.answer.headers.get("X-Error-Code") == "TooBigContentError":
                 self.length = max(1, self.length // 2)
-            if answer.status_code in (408, 429) or answer.status_code >= 500 and answer.status_code != 501:
-                raise Refused(reason, retry_after(answer.headers.get("Retry-After")))
-            raise UserError(f"SlimPajama's server refused row {offset:,} of {split} for good: {reason}")
+            raise
         try:
             page = answer.json()
             known, rows = page["num_rows_total"], page["rows"]
             texts = [row["row"]["text"] for row in rows]
             numbers = [row["row_idx"] for row in rows]
             whole = all(isinstance(text, str) for text in texts) and not any(row.get("truncated_cells") for row in rows)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Refused(f"an answer of another form ({error!r})") from None
-        if not isinstance(known, int) or known < max(1, offset) or known != (total or known):
-            raise Refused(f"a split of {known} rows, after {total}")
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Failed(f"an answer of another form ({error!r})") from None
+        if not isinstance(known, int) or known < max(1, offset) or known != (count or known):
+            raise Failed(f"a split of {known} rows, after {count}")
         due = min(self.length, max(0, known - offset))
         if numbers != list(range(offset, offset + due)) or not whole:  # a short page would skip rows silently
-            raise Refused(f"{len(rows)} rows where {due} whole ones from {offset} on were due")
+            raise Failed(f"{len(rows)} rows where {due} whole ones from {offset} on were due")
         self.length = PAGE
         return texts, known
-
-
-def retry_after(value):
-    """Seconds to wait from a Retry-After header: seconds, an HTTP date, or (when absent or unreadable) none."""
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds())
-    except (TypeError, ValueError):
-        return 0.0

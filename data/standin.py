@@ -10,7 +10,7 @@ import random
 import re
 from pathlib import Path
 
-from . import UserError, atomic
+from runtime.files import UserError, atomic, disk_errors
 
 LIMITS = re.compile(r"\b(?:if|unless|when|must|should|not|no|never|cannot|only|without|may|but)\b|n't\b", re.I)
 
@@ -129,7 +129,7 @@ def write_standin(folder, texts, seed=0, train=400, dev=150):
             rng.shuffle(drawn)
             rows = [header] if name != "CoLA" else []
             for i, cells in enumerate(drawn):
-                filled = dict(zip(columns, cells))
+                filled = dict(zip(columns, cells, strict=True))
                 rows.append([filled.get(column, str(i)) for column in range(len(header))])
             path = Path(folder) / name / f"{split}.tsv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,8 @@ def standin(parent, source, **sizes):
     """
     identity = json.dumps([source.id, sizes, Path(__file__).read_text("utf-8")], sort_keys=True)
     folder = Path(parent) / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    if not (folder / "done").exists():
-        write_standin(folder, [text for _, text in source.documents("validation")], **sizes)
-        (folder / "done").touch()
+    with disk_errors(folder):
+        if not (folder / "done").exists():
+            write_standin(folder, [text for _, text in source.documents("validation")], **sizes)
+            (folder / "done").touch()
     return folder

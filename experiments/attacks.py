@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from common import BASE, FULL, LORA, MASKED_FULL, SCRATCH, SEEDS, VARIANTS, Adversary, gradient, markdown, mean_sd, run
-from glue import fit, learning_rate
+from glue import Settings, default_rate, fit
 from model import initial_value, initialise
 from pmp import MaskedAdamW, iou, random_mask, topk_mask
 
@@ -257,14 +257,27 @@ def only(*parts):
     return other(ADAMW, lambda name, height: float("head" in name or any(part in name for part in parts)))
 
 
+class PublicText:
+    """The public text as `fit` wants it."""
+
+    def __init__(self, lab, model, updates):
+        self.lab, self.model, self.updates = lab, model, updates
+
+    def batches(self, epoch):
+        return range(self.updates)
+
+    def loss(self, index):
+        idx = self.lab.public(index)
+        return self.model(idx, idx)
+
+    def evaluate(self):
+        """Nobody asks."""
+
+
 def train_on_public_text(lab, body, updates, masks=None):
     optimizer = MaskedAdamW(dict(body.named_parameters()), masks, 0.0)
-
-    def loss(index):
-        idx = lab.public(index)
-        return body(idx, idx)
-    fit(body, loss, lambda epoch: range(updates), 1, optimizer,
-        5 * learning_rate("full", body.embedding().weight.size(1)), 1.0, lab.machine, lambda: None)
+    rate = 5 * default_rate("full", body.embedding().weight.size(1))
+    fit(PublicText(lab, body, updates), optimizer, rate, Settings(epochs=1), lab.machine)
 
 
 def continue_pretraining(lab, release, body, updates, masks=None):

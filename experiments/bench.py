@@ -1,9 +1,10 @@
-"""How fast it is, and what the mask costs: every speed in README comes from here.
+"""How fast it is, and what the mask costs: every speed in README.md comes from here.
 
-    python experiments/bench.py [--preset tiny] [--rounds 7]
+    python experiments/bench.py [--preset tiny] [--rounds 15]
 
 Machines are noisy, so what is compared alternates inside one process and the result is a ratio of medians. One JSON
-line goes to experiments/results/bench.jsonl. Where transformers is installed, the same shape is trained with it too.
+line goes to experiments/results/bench.jsonl. Where transformers is installed, the same shape is trained with it too: in
+fp32 and eager, as most people start, and with bf16, torch.compile and a fused AdamW, which is the strongest.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,8 +20,12 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import hardware  # noqa: E402
-from model import PRESETS, build, config_to_dict, initialise  # noqa: E402
-from pmp import Config, Machine, MaskedAdamW, random_mask, topk_mask  # noqa: E402
+from model import build, initialise  # noqa: E402
+from pmp import PRESETS, Config, EarlyBird, MaskedAdamW, random_mask, topk_mask  # noqa: E402
+from runtime.files import Results  # noqa: E402
+from runtime.huggingface import config_to_dict  # noqa: E402
+from runtime.machine import Machine  # noqa: E402
+from runtime.training import timed  # noqa: E402
 
 
 def alternate(tasks, rounds, warm=2):
@@ -29,49 +33,46 @@ def alternate(tasks, rounds, warm=2):
     seconds = {name: [] for name in tasks}
     for number in range(warm + rounds):
         for name, task in tasks.items():
-            began = time.perf_counter()
-            task()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            spent = timed(task)
             if number >= warm:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(spent)
     return seconds
 
 
-def trainer(model, machine, optimizer, batch):
-    """A function that makes one whole update of batch (B, T), as pmp.py does."""
+def trainer(model, machine, batch, masks=None, bird=None):
+    """A function that makes one whole update of batch (B, T), as pmp.py does; with an EarlyBird, one of stage I."""
+    params = dict(model.named_parameters())
+    optimizer = MaskedAdamW(params, masks, 0.1)
+    k = int(0.7 * sum(p.numel() for p in params.values()))
+
     def update():
         with machine.autocast():
             loss = model(batch, batch)
         loss.backward()
+        if bird:
+            bird.see(topk_mask({name: p.grad for name, p in params.items()}, k))
         optimizer.step(1e-4, clip=1.0)
     return update
 
 
-def transformers_trainer(config, batch):
-    """The same shape and batch in transformers, in fp32 and eager, or None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        return None
-    given = config_to_dict(config).items()
-    values = {key: value for key, value in given if key not in ("architectures", "torch_dtype")}
+def transformers_trainer(model, batch, machine=None):
+    """The same shape and batch in transformers: fp32 and eager, or, with a machine, in its precision and compiled."""
+    import transformers
+
+    written = config_to_dict(model.config, model.model_type)
+    values = {key: value for key, value in written.items() if key not in ("architectures", "torch_dtype")}
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).to(batch.device)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=bool(machine))
+    forward = torch.compile(theirs) if machine else theirs
 
     def update():
-        theirs(batch, labels=batch).loss.backward()
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bool(machine) and machine.dtype == "bf16"):
+            loss = forward(batch, labels=batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return update
-
-
-def flops_per_token(model, config):
-    """Training: 6 per parameter in a matrix product, plus attention's scores and sums (Chowdhery et al., 2022)."""
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    layers, width = len(model.blocks()), model.lm_head.weight.size(1)
-    return 6 * matrices + 12 * layers * width * Config.block_size / 2  # causal: half of all pairs
 
 
 def matmul_rate(machine, size=2048, repeats=10):
@@ -96,25 +97,19 @@ def early_bird(entries, rounds, device):
 
 def peak_memory(preset, masked):
     """Bytes a parameter that two updates (of one short sequence, so that activations stay small) add at their peak to a
-    fresh process, and those of the tensors that training keeps."""
-    machine, config = Machine("cpu"), PRESETS[preset]
+    fresh process."""
+    machine = Machine("cpu")
     torch.randn(500, 500) @ torch.randn(500, 500)  # libraries load before the count begins
     before = resident("VmRSS")
-    model = build(config)
+    model = build(PRESETS[preset].shape)
     initialise(model, b"bench")
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
     masks = random_mask(params, int(0.7 * d), b"bench") if masked else None
-    optimizer = MaskedAdamW(params, masks, 0.1)
-    batch = torch.zeros(1, 32, dtype=torch.long)
+    update = trainer(model, machine, torch.zeros(1, 32, dtype=torch.long), masks)
     for _ in range(2):
-        with machine.autocast():
-            loss = model(batch, batch)
-        loss.backward()
-        kept = sum(p.nbytes + p.grad.nbytes for p in params.values())
-        optimizer.step(1e-4, clip=1.0)
-    kept += sum(tensor.nbytes for tensor in optimizer.state().values()) + sum(m.nbytes for m in (masks or {}).values())
-    print(json.dumps({"kept": round(kept / d, 2), "peak": round((resident("VmHWM") - before) / d, 2)}))
+        update()
+    print(json.dumps(round((resident("VmHWM") - before) / d, 2)))
 
 
 def resident(key):
@@ -134,51 +129,53 @@ def main():
     if args.memory:
         return peak_memory(args.preset, args.memory == "masked")
 
-    machine, config = Machine(), PRESETS[args.preset]
-    batch = torch.randint(config.vocab_size, (args.batch_size, Config.block_size), device=machine.device)
-    dense = build(config).to(machine.device)
-    initialise(dense, b"bench")
-    masked, compiled = copy.deepcopy(dense), copy.deepcopy(dense)
-    params = {name: dict(model.named_parameters()) for name, model in
-              (("dense", dense), ("masked", masked), ("compiled", compiled))}
-    d = sum(p.numel() for p in params["dense"].values())
-    masks = random_mask(params["masked"], int(0.7 * d), b"bench")
-    compiled_works = []
-    machine.compile(compiled, batch, compiled_works.append)
+    machine, shape = Machine(), PRESETS[args.preset].shape
+    batch = torch.randint(shape.vocab_size, (args.batch_size, Config.block_size), device=machine.device)
+    model = build(shape).to(machine.device)
+    initialise(model, b"bench")
+    params = dict(model.named_parameters())
+    d = sum(p.numel() for p in params.values())
+    masks = random_mask(params, int(0.7 * d), b"bench")
+    compiled, notes = copy.deepcopy(model), []
+    machine.compile(compiled, batch, notes.append)
     updates = {
-        "dense": trainer(dense, machine, MaskedAdamW(params["dense"], None, 0.1), batch),
-        "masked": trainer(masked, machine, MaskedAdamW(params["masked"], masks, 0.1), batch),
-        "compiled": trainer(compiled, machine, MaskedAdamW(params["compiled"], None, 0.1), batch),
-        "transformers": transformers_trainer(config, batch),
+        "dense, eager": trainer(copy.deepcopy(model), machine, batch),
+        "masked, eager": trainer(copy.deepcopy(model), machine, batch, masks),
+        "dense, compiled": trainer(copy.deepcopy(compiled), machine, batch),
+        "masked, compiled": trainer(copy.deepcopy(compiled), machine, batch, masks),
+        "EarlyBird, compiled": trainer(copy.deepcopy(compiled), machine, batch, bird=EarlyBird(0.99, 5)),
     }
-    seconds = alternate({name: update for name, update in updates.items() if update}, args.rounds)
+    try:
+        updates["transformers, fp32, eager"] = transformers_trainer(model, batch)
+        updates["transformers, compiled, fused"] = transformers_trainer(model, batch, machine)
+    except ImportError:
+        notes.append("transformers is not installed")
+    seconds = alternate(updates, args.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = batch.numel()
-    rate = matmul_rate(machine)
+    tokens, rate = batch.numel(), matmul_rate(machine)
     ticket = early_bird(args.entries, 3, machine.device)
+    best = median["masked, compiled"]
     result = {
-        "preset": args.preset, "parameters": d, "tokens_per_update": tokens, "device": str(machine.device),
-        "dtype": machine.dtype, "compile_note": compiled_works, "hardware": hardware(machine),
-        "rounds": args.rounds,
+        "preset": args.preset, "parameters": d, "tokens_per_update": tokens, "hardware": hardware(machine),
+        "notes": notes, "rounds": args.rounds,
         "tokens_per_s": {name: round(tokens / value) for name, value in median.items()},
         "spread": {name: [round(tokens / max(values)), round(tokens / min(values))]
                    for name, values in seconds.items()},
-        "masked_over_dense_time": round(median["masked"] / median["dense"], 4),
         "matmul_gflops": round(rate / 1e9),
-        "mfu": {name: round(flops_per_token(dense, config) * tokens / value / rate, 3)
+        "mfu": {name: round(model.flops_per_token(Config.block_size) * tokens / value / rate, 3)
                 for name, value in median.items()},
-        "bytes_per_parameter": {kind: json.loads(subprocess.run(
+        "masked_over_dense_time": round(best / median["dense, compiled"], 3),
+        "early_bird_over_dense_time": round(median["EarlyBird, compiled"] / median["dense, compiled"], 3),
+        "masked_times_faster_than": {name: round(value / best, 2) for name, value in median.items()
+                                     if name.startswith("transformers")},
+        "peak_bytes_per_parameter": {kind: json.loads(subprocess.run(
             [sys.executable, __file__, "--preset", args.preset, "--memory", kind], capture_output=True, text=True,
             check=True).stdout) for kind in ("dense", "masked")},
-        "early_bird_entries": args.entries,
-        "early_bird_s": {name: round(statistics.median(values), 3) for name, values in ticket.items()},
-        "early_bird_speedup": round(statistics.median(ticket["torch.topk"]) / statistics.median(ticket["ours"]), 1),
+        "topk_entries": args.entries,
+        "topk_s": {name: round(statistics.median(values), 3) for name, values in ticket.items()},
     }
-    if "transformers" in median:
-        result["over_transformers"] = {name: round(median["transformers"] / value, 2) for name, value in median.items()}
     (HERE / "results").mkdir(exist_ok=True)
-    with open(HERE / "results" / "bench.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+    Results(HERE / "results" / "bench.jsonl").append(result)
     print(json.dumps(result, indent=2))
 
 

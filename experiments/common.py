@@ -8,7 +8,6 @@ not run again: stop a script when you like, start it twice to use two cores, sta
 knows its model, not what you change in SCALES or in an adversary: after that, name other --results.
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -27,15 +26,19 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import pmp  # noqa: E402
-from data import UserError  # noqa: E402
-from data.pack import lock, prepare  # noqa: E402
+from data.pack import prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402
 from data.standin import standin  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from glue import (CACHE, TASKS, Settings, append_result, cell, encode_task, fetch, finetune, fit,  # noqa: E402
-                  learning_rate, prepare_model, read_results)
-from model import fingerprint, load_folder  # noqa: E402
-from pmp import Machine, MaskedAdamW, command_line, load_mask  # noqa: E402
+from glue import (CACHE, TASKS, Settings, default_rate, encode_task, fetch, finetune, fit,  # noqa: E402
+                  mean_and_sd, prepare_model)
+from model import FAMILIES  # noqa: E402
+from pmp import MaskedAdamW, load_mask  # noqa: E402
+from runtime.console import Parser, command_line  # noqa: E402
+from runtime.files import Results, UserError, lock  # noqa: E402
+from runtime.huggingface import load_folder  # noqa: E402
+from runtime.machine import Machine  # noqa: E402
+from runtime.safetensors import fingerprint  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # scales
@@ -77,6 +80,9 @@ VARIANTS = {  # how the models of a scale are pre-trained
     "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
     **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
 }
+# one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
+COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "chance": "#888888", "train": "#7fb2d9",
+           "validation": "#1f5f99"}
 COMPARED = {"pmp": "PMP", "dense": "dense, with PMP's mask"}  # Figures 5 and 6, Proposition 1
 RATIOS = {1.0: "dense", 0.9: "rho0.9", 0.8: "rho0.8", 0.7: "pmp", 0.6: "rho0.6", 0.5: "rho0.5"}  # Figure 4
 EPOCHS = (1, 2, 3, 5, 10)
@@ -180,30 +186,41 @@ def loss_beside(model, idx, direction, alphas):
     return losses
 
 
+class Text:
+    """Text of another domain as `fit` wants it: batches of blocks, their loss, and the score on held-out blocks."""
+
+    def __init__(self, model, data, seed, settings, machine):
+        """model: a language model; data: {"train", "dev": blocks (N, T) of token ids}."""
+        self.model, self.data, self.seed, self.settings, self.machine = model, data, seed, settings, machine
+        order = np.random.default_rng(seed).permutation(len(data["train"]))
+        self.train = data["train"][order[: settings.limit]]
+
+    def batches(self, epoch):
+        """-> blocks (b, T): a block has about four times the tokens of a row of GLUE."""
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.train)))
+        return self.train[order].to(self.machine.device).split(self.settings.batch_size // 4)
+
+    def loss(self, idx):
+        return self.model(idx, idx)
+
+    def evaluate(self):
+        return next_token(self.model, self.data["dev"], self.machine)
+
+
 def adapt(body, data, method, seed, settings, machine, masks=None, make_optimizer=MaskedAdamW):
     """Fine-tune on text of another domain; like glue.finetune, with blocks (N, T) of token ids for rows.
 
-    A task that certainly needs pre-training, and the nearest to the paper's definition of the gain (section 3), which
-    is a difference of language-modelling losses. The score is the accuracy of the next token on held-out text.
+    A task that certainly needs pre-training; like the gain of section 3 it is a matter of language modelling. The score
+    is the accuracy of the next token on held-out text.
     """
     prepare_model(body, method, 1, masks, seed, settings)  # for its LoRA or random weights; it needs no classifier
     params = {name: p for name, p in body.named_parameters() if p.requires_grad}
     masks = masks and {name: masks[name] for name in params if name in masks}
-    train = data["train"][np.random.default_rng(seed).permutation(len(data["train"]))[: settings.limit]]
-    size = settings.batch_size // 4  # a block has about four times the tokens of a row
-
-    def batches(epoch):
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(train)))
-        return train[order].to(machine.device).split(size)
-
-    epochs = 0 if method == "base" else settings.epochs
-    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if epochs else None
-    history, step, diverged = fit(
-        body.to(machine.device), lambda idx: body(idx, idx), batches, epochs, optimizer,
-        settings.lr, settings.clip, machine,
-        lambda: next_token(body, data["dev"], machine))
+    optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if method != "base" else None
+    text = Text(body.to(machine.device), data, seed, settings, machine)
+    history, updates, diverged = fit(text, optimizer, settings.lr, settings, machine)
     best = max(history, key=lambda metrics: metrics["accuracy"])
-    return {"scores": {"docs": {"last": history[-1], "best": best}}, "updates": step, "diverged": diverged}, body
+    return {"scores": {"docs": {"last": history[-1], "best": best}}, "updates": updates, "diverged": diverged}, body
 
 
 # -----------------------------------------------------------------------------
@@ -235,7 +252,7 @@ class Lab:
         self.results = Path(args.results) / args.scale
         self.results.mkdir(parents=True, exist_ok=True)
         for path in self.results.glob("*.jsonl"):
-            read_results(path)  # drops a last line that a kill has torn
+            Results(path).read()  # drops a last line that a kill has torn
         self.device, self.missed = args.device, 0
         self.releases, self.tasks, self.known, self.parsed = {}, {}, {}, {}
 
@@ -257,7 +274,7 @@ class Lab:
 
     def keep(self, name, result):
         """Append a result, with the hardware that it was measured on."""
-        append_result(self.path(name + ".jsonl"), {**result, "hardware": hardware(self.machine)})
+        Results(self.path(name + ".jsonl")).append({**result, "hardware": hardware(self.machine)})
         return result
 
     def once(self, name, key, compute):
@@ -291,7 +308,7 @@ class Lab:
         """A lock on a piece of work, as a context manager: True when no other process is at it."""
         folder = self.work / "claims" / hashlib.sha256(what.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        return lock(folder)
+        return lock(folder / "lock")
 
     # ---- models
 
@@ -307,7 +324,7 @@ class Lab:
             if not mine:
                 print(f"another process is pre-training {out.name}", flush=True)
                 time.sleep(30)
-        body = load_folder(out / "release")
+        body = load_folder(out / "release", FAMILIES)
         mask = out / "private" / "mask.safetensors"
         masks = load_mask(mask, dict(body.named_parameters())) if mask.exists() else None
         masks = masks and {name: m.to(self.machine.device) for name, m in masks.items()}
@@ -345,7 +362,7 @@ class Lab:
     def text(self):
         """(train Blocks, validation Blocks, block size) of the pre-training text, which is public."""
         config = self.release("pmp").record["config"]
-        tokenizer = "bpe" if config["preset"] in pmp.SMALL else "gpt2"
+        tokenizer = pmp.PRESETS[config["preset"]].tokenizer
         _, train, validation = prepare(config["data"], tokenizer, 0, seed=config["seed"], cache=config["cache"],
                                        shuffle_buffer=config["shuffle_buffer"])
         return train, validation, config["block_size"]
@@ -353,13 +370,13 @@ class Lab:
     def public(self, index):
         """Batch `index` of the public text, (16, T) token ids on the device."""
         train, _, size = self.text
-        return train.batch(index, 16, size).to(self.machine.device)
+        return train.read(16 * index, 16, size).to(self.machine.device)
 
     def held_out(self):
         """Held-out text, (N, T) token ids on the device, the same for every model of the scale."""
         _, validation, size = self.text
         count = min(self.scale.text_blocks, validation.n_blocks(size))
-        return validation.batch(0, count, size).to(self.machine.device)
+        return validation.read(0, count, size).to(self.machine.device)
 
     def losses(self, variant):
         """Held-out loss in nats of each pre-training of a variant."""
@@ -389,8 +406,10 @@ class Lab:
         chosen, others = order[: self.scale.select], order[self.scale.select :]
         if name == "docs":  # a block has about four times the tokens of a row
             chosen = chosen[: self.scale.select // 4]
-        take = (lambda rows: data["train"][rows]) if name == "docs" else (lambda rows: [data["train"][i] for i in rows])
-        self.tasks[name] = {**data, "train": take(others), "select": take(chosen)}
+            parts = data["train"][others], data["train"][chosen]
+        else:
+            parts = [data["train"][i] for i in others], [data["train"][i] for i in chosen]
+        self.tasks[name] = {**data, "train": parts[0], "select": parts[1]}
         return self.tasks[name]
 
     def docs(self, tokenizer, length=128, most=4000, dev=128):
@@ -420,7 +439,7 @@ class Lab:
         if on == "select":
             data = {"train": data["train"], **{split: data["select"] for split in data if split.startswith("dev")}}
         width = release.body.embedding().weight.size(1)
-        settings = Settings(**{"lr": rate * adversary.rate * learning_rate(adversary.method, width) or None,
+        settings = Settings(**{"lr": rate * adversary.rate * default_rate(adversary.method, width) or None,
                                "epochs": epochs, "limit": self.scale.rows.get(task),
                                "batch_size": self.scale.batch_size, "max_length": self.scale.max_length,
                                **adversary.settings})
@@ -428,9 +447,9 @@ class Lab:
         if adversary.change:
             adversary.change(self, release, body)
         masks = release.masks if adversary.authorised else adversary.mask and adversary.mask(self, release)
-        train = adapt if task == "docs" else lambda body, data, *rest: finetune(
-            body, task.rpartition("/")[2], data, *rest[:4], masks=rest[4], make_optimizer=rest[5])
-        outcome, _ = train(body, data, adversary.method, pair[1], settings, self.machine, masks, adversary.optimizer)
+        train = adapt if task == "docs" else partial(finetune, name=task.rpartition("/")[2])
+        outcome, _ = train(body, data=data, method=adversary.method, seed=pair[1], settings=settings,
+                           machine=self.machine, masks=masks, make_optimizer=adversary.optimizer)
         print(f"{variant}-{pair[0]} {task} {adversary.name} seed {pair[1]} rate {rate:g} epochs {epochs} {on}: "
               f"{accuracy(outcome):.2f}{' DIVERGED' if outcome['diverged'] else ''}", flush=True)
         return {**outcome, "weights": release.weights, "lr": settings.lr}
@@ -494,7 +513,7 @@ def accuracy(outcome, column=None):
 
 def mean_sd(values):
     """"68.36 ±0.41" as in glue.py's table."""
-    return cell(dict(enumerate(values)))
+    return mean_and_sd(list(values))
 
 
 def sd(values):
@@ -527,11 +546,10 @@ def picture(lab, name, figure):
 
 
 def parse(argv, doc):
-    parser = pmp.Parser(description=doc.split("\n")[0], allow_abbrev=False,
-                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything")
+    parser = Parser(doc.split("\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything [quick]")
     parser.add_argument("--data", help="pre-training text as for pmp.py, instead of the scale's")
-    parser.add_argument("--glue-dir", help="folder with GLUE's TSVs; default: download")
+    parser.add_argument("--glue-dir", help="folder with GLUE's TSVs [download]")
     parser.add_argument("--work", default=str(HERE.parent / "out-experiments"), help="where models and masks stay")
     parser.add_argument("--results", default=str(HERE / "results"), help="where the numbers and pictures go")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")

@@ -1,4 +1,4 @@
-"""The paper's claims, what the other scripts measured, and what follows. README's table of verdicts is this output.
+"""The paper's claims, what the other scripts measured, and what follows. The table in README.md is this.
 
     python experiments/verdicts.py --scale laptop
 

@@ -1,0 +1,192 @@
+"""Files: errors that a user can fix, writing whole or not at all, locks, and results as JSON lines."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    raise SystemExit("error: this program needs file locks of Linux or macOS: on Windows run it in WSL") from None
+
+
+class UserError(Exception):
+    """Something that the user can fix. The command lines print it as one sentence and exit with code 2."""
+
+    start, code = "error", 2
+
+
+class Stopped(UserError):
+    """Why a run that had begun cannot go on. Exit code 1."""
+
+    start, code = "stopped", 1
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+UNFIT_PATH = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
+              errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
+
+
+@contextmanager
+def disk_errors(path):
+    """Raise a UserError for a full disk, and for a path that is missing, forbidden or of another kind.
+
+    Other errors pass: those of the network are OSErrors, too.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or path
+        if error.errno in FULL_DISK:
+            raise UserError(f"no space left to write {path}: free some disk and run again, it goes on") from None
+        if error.errno in UNFIT_PATH:
+            raise UserError(f"cannot use {path} ({error.strerror}): check the path and its permissions") from None
+        raise
+
+
+@contextmanager
+def atomic(path, mode=0o644):
+    """Open `path` for binary writing so that it appears whole or not at all, also after a power cut.
+
+    Writes to a new temporary name in the same folder, syncs, renames, syncs the folder. On any error the old file
+    stays. A link at `path` is replaced, never followed. mode: the file's permission bits. Raises UserError when the
+    disk is full or forbids it.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with disk_errors(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(partial, flags, mode), "wb") as file:
+                os.fchmod(file.fileno(), mode)  # whatever the umask says
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Bring the names in a folder to the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def remove_partials(folder):
+    """Delete what killed processes left half written in a folder. Only its owner may: see `lock`."""
+    for path in Path(folder).glob("*.partial"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path):
+    """Hold the lock file `path` inside the block. Gives True, or False where another process holds it.
+
+    The system takes the lock back when a process dies.
+    """
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path))  # nobody deleted it
+        except BlockingIOError:
+            mine = False
+        yield mine
+    finally:
+        os.close(file)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path):
+    """Open a regular file to read bytes. Raises UserError where it is missing, a folder, a pipe or a device."""
+    with disk_errors(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is no regular file: name a file")
+        return open(path, "rb")
+
+
+def parse_json(content, where, fix="restore it from a copy"):
+    """The JSON object in `content` (bytes or str). Raises UserError with `where` and `fix` for anything else."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):  # the latter: nested too deeply
+        raise UserError(f"{where} is not JSON: {fix}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is not a JSON object: {fix}")
+    return found
+
+
+def read_json(path):
+    """The JSON object in a file. Raises UserError where there is none."""
+    with open_regular(path) as file:
+        return parse_json(file.read(), path)
+
+
+def write_json(path, content, mode=0o644):
+    """Write a JSON value, atomically."""
+    with atomic(path, mode) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+# ---- results: one JSON object a line -------------------------------------------------------------------------------
+
+
+class Results:
+    """A file of results that several processes may share: one JSON object a line, written whole."""
+
+    def __init__(self, path):
+        """path: the .jsonl file, which need not exist yet. Raises UserError where its folder does not."""
+        self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise UserError(f"there is no folder {self.path.parent} for {self.path.name}: make it first")
+
+    def read(self):
+        """The list of results. A last line without its end, left by a killed process, is cut off.
+
+        Raises UserError where a line is not a JSON object.
+        """
+        if not self.path.exists():
+            return []
+        with open_regular(self.path) as file, self._alone(file):
+            whole, newline, torn = file.read().rpartition(b"\n")
+            if torn:
+                with disk_errors(self.path):
+                    os.truncate(self.path, len(whole) + len(newline))
+        return [parse_json(line, f"{self.path}, line {number}", "fix that line, or name another file")
+                for number, line in enumerate(whole.splitlines(), 1)]
+
+    def append(self, result):
+        """Add one result (a dict), whole and synced."""
+        with disk_errors(self.path), open(self.path, "ab") as file, self._alone(file):
+            file.write(json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    @contextmanager
+    def _alone(file):
+        """No other process reads, cuts or appends inside the block."""
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def claim(self, key):
+        """Claim the run that the string `key` names. Gives True, or False where another process is at work on it."""
+        folder = self.path.with_name(self.path.name + ".claims")
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        with lock(folder / digest) as mine:
+            yield mine

@@ -1,0 +1,145 @@
+"""Hugging Face's folders, in and out: config.json and model.safetensors.
+
+A model is described by two classes: a dataclass of its sizes, whose fields have the names of config.json, and the model
+itself, built from one, with a class attribute `model_type`. Both come from the caller as `families`, {model_type:
+(config class, model class)}.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .files import UserError, read_json, write_json
+from .parallel import rank
+from .safetensors import load_safetensors, save_safetensors
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What Hugging Face asks for in a config.json of one model_type, and what of it our layers can do."""
+
+    architecture: str
+    prefix: str  # of the parameters of a body that was saved without its head
+    says: dict  # what we write besides the sizes
+    needs: dict  # field -> the values that our layers implement, the default first
+    sizes: tuple  # fields that every config.json has; the others have defaults
+
+
+KINDS = {
+    "gpt2": Kind("GPT2LMHeadModel", "transformer.", {"activation_function": "gelu_new"}, {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    }, ()),
+    "llama": Kind("LlamaForCausalLM", "model.", {"hidden_act": "silu"}, {
+        "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    }, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
+}
+
+
+# ---- config.json ---------------------------------------------------------------------------------------------------
+
+
+def config_to_dict(config, model_type):
+    """The content of config.json: the sizes, and what transformers asks for."""
+    kind = KINDS[model_type]
+    end_of_text = config.vocab_size - 1
+    return {
+        "architectures": [kind.architecture],
+        "model_type": model_type,
+        **{key: value for key, value in asdict(config).items() if value is not None},
+        **kind.says,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "torch_dtype": "float32",
+    }
+
+
+def config_from_dict(raw, families, where):
+    """The config object of a config.json's content. Raises UserError that names `where` and what we do not have."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in families:
+        raise UserError(f"{where}: model_type {model_type!r} is not supported, only {' and '.join(families)} are")
+    kind, raw = KINDS[model_type], {key: value for key, value in raw.items() if value is not None}
+    for key, allowed in kind.needs.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r} is")
+    if "quantization_config" in raw:
+        raise UserError(f"{where}: quantization_config is not supported: use the unquantized weights")
+    # transformers 5 keeps theta inside rope_parameters, 4 has it beside rope_scaling
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default" or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
+        raise UserError(f"{where}: rope_scaling {rope!r} is not supported, only the default rotary embedding is")
+    if model_type == "llama":
+        raw = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, **raw}  # HF's defaults
+        raw.update({key: rope[key] for key in ("rope_theta",) if key in rope})
+    if missing := [key for key in kind.sizes if key not in raw]:
+        raise UserError(f"{where}: {missing[0]} is missing: this is not a whole config.json")
+    config_class = families[model_type][0]
+    return config_class(**{f.name: raw[f.name] for f in fields(config_class) if f.name in raw})
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def save_folder(folder, model):
+    """Write config.json and model.safetensors (the weights as they are), for transformers and for load_folder.
+
+    Every rank calls this, and rank 0 writes.
+    """
+    folder = Path(folder)
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "config.json", config_to_dict(model.config, model.model_type))
+    save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+
+
+def load_folder(folder, families):
+    """Open a release, or any plain Hugging Face GPT-2 or LLaMA folder, as a model in fp32 on the CPU.
+
+    Raises UserError where the folder is none, needs what we do not have, or lacks or adds a tensor.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}: names are not fetched from a hub, give a folder such as "
+                        "out/release")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is a PEFT adapter: merge it into its model first (merge_and_unload)")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no model folder (it has no config.json): name one such as out/release")
+    config = config_from_dict(read_json(folder / "config.json"), families, folder / "config.json")
+    model_class = next(model for kind, model in families.values() if kind is type(config))
+    model = model_class(config)
+    wanted = dict(model.named_parameters())
+
+    tensors, prefix = {}, KINDS[model.model_type].prefix
+    for name, tensor in read_tensors(folder).items():
+        if name not in wanted and prefix + name in wanted:  # a bare GPT2Model or LlamaModel was saved
+            name = prefix + name
+        if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):  # constants of old versions
+            tensors[name] = tensor
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise UserError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} missing in all): is it a whole model?")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise UserError(f"{folder} holds the tensor {extra[0]} ({len(extra)} in all) that this model has no place for")
+    with torch.no_grad():
+        for name, p in wanted.items():
+            if p.shape != tensors[name].shape:
+                raise UserError(f"{folder}: {name} is {list(tensors[name].shape)}, config.json says {list(p.shape)}")
+            p.copy_(tensors[name])
+    return model
+
+
+def read_tensors(folder):
+    """All tensors of a folder's safetensors files, one or several with an index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_safetensors(folder / "model.safetensors")[0]
+    tensors = {}
+    for name in sorted(set(read_json(index)["weight_map"].values())):
+        tensors.update(load_safetensors(folder / name)[0])
+    return tensors
