@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.layout import LAYOUTS, Layout
 from data.sources import open_source
 from data.standin import standin
 from data.tokenizer import Tokenizer
@@ -49,49 +50,46 @@ LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's files come from, and what stands where in them. Columns count from 0."""
+    """Where a task's files come from, and what they hold."""
 
-    folder: str  # of the official zip
-    text: tuple  # columns of the sentence or the two sentences
-    label: int  # its column; -1 is the last one
+    layout: Layout
     labels: tuple  # the official spellings, in the order of their numbers; empty: a score from 0 to 5, a regression
     rows: dict  # split -> official number of rows; training first, then what is evaluated
     columns: tuple  # of Table 1, one for each evaluated split
     downloads: dict  # file -> (bytes, sha256)
-    header: bool = True
     gaps: bool = False  # the official files have a few rows with fields missing
 
     @property
     def files(self):
-        return [f"{self.folder}/{split}.tsv" for split in self.rows]
+        return [f"{self.layout.folder}/{split}.tsv" for split in self.rows]
 
 
 BINARY, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {  # in Table 1's order
-    "cola": Task("CoLA", (3,), 1, BINARY, {"train": 8551, "dev": 1043}, ("CoLA",), {
+    "cola": Task(LAYOUTS["cola"], BINARY, {"train": 8551, "dev": 1043}, ("CoLA",), {
         "CoLA.zip": (376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    }, header=False),
-    "sst2": Task("SST-2", (0,), 1, BINARY, {"train": 67349, "dev": 872}, ("SST-2",), {
+    }),
+    "sst2": Task(LAYOUTS["sst2"], BINARY, {"train": 67349, "dev": 872}, ("SST-2",), {
         "SST-2.zip": (7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
     }),
-    "mrpc": Task("MRPC", (3, 4), 0, BINARY, {"train": 3668, "dev": 408}, ("MRPC",), {
+    "mrpc": Task(LAYOUTS["mrpc"], BINARY, {"train": 3668, "dev": 408}, ("MRPC",), {
         "msr_paraphrase_train.txt": (1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         "mrpc_dev_ids.tsv": (6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
     }),
-    "qqp": Task("QQP", (3, 4), 5, BINARY, {"train": 363846, "dev": 40430}, ("QQP",), {
+    "qqp": Task(LAYOUTS["qqp"], BINARY, {"train": 363846, "dev": 40430}, ("QQP",), {
         "QQP-clean.zip": (41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     }, gaps=True),
-    "stsb": Task("STS-B", (7, 8), 9, (), {"train": 5749, "dev": 1500}, ("STS-B",), {
+    "stsb": Task(LAYOUTS["stsb"], (), {"train": 5749, "dev": 1500}, ("STS-B",), {
         "STS-B.zip": (802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
     }),
-    "mnli": Task("MNLI", (8, 9), -1, ("entailment", "neutral", "contradiction"),
+    "mnli": Task(LAYOUTS["mnli"], ("entailment", "neutral", "contradiction"),
                  {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832}, ("MNLI-m", "MNLI-mm"), {
         "MNLI.zip": (312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
     }, gaps=True),
-    "qnli": Task("QNLI", (1, 2), 3, ENTAILED, {"train": 104743, "dev": 5463}, ("QNLI",), {
+    "qnli": Task(LAYOUTS["qnli"], ENTAILED, {"train": 104743, "dev": 5463}, ("QNLI",), {
         "QNLIv2.zip": (10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
     }),
-    "rte": Task("RTE", (1, 2), 3, ENTAILED, {"train": 2490, "dev": 277}, ("RTE",), {
+    "rte": Task(LAYOUTS["rte"], ENTAILED, {"train": 2490, "dev": 277}, ("RTE",), {
         "RTE.zip": (697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
     }),
 }
@@ -212,24 +210,26 @@ def read_tsv(task, path):
     """The rows of one file. The files know no quoting: a tab ends a cell, a line feed ends a row, nothing else does
     (csv's quotes, or the line ends of str.splitlines, would lose rows without a word)."""
     check_file(path)
-    rows, skipped, number = [], 0, 0
-    width = None if task.header else max(*task.text, task.label) + 1
+    layout, rows, skipped, number = task.layout, [], 0, 0
+    columns = None if layout.headed else list(layout.columns)
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:  # MRPC starts with a byte-order mark
             for number, line in enumerate(file, 1):
                 cells = line.rstrip("\r\n").split("\t")
                 where = f"{path}, line {number}"
-                if width is None:
-                    width = len(cells)
-                    if width <= max(*task.text, task.label):
-                        raise UserError(f"{where} has {width} columns, too few for {task.folder}: fix that file")
-                elif task.gaps and (len(cells) < width or not cells[task.label]):
+                if columns is None:
+                    columns = cells
+                    missing = [name for name in (*layout.text, layout.label) if name not in columns]
+                    require(not missing, f"{where} names no column {missing[:1]}: fix that file")
+                    continue
+                label = columns.index(layout.label)
+                if task.gaps and (len(cells) < len(columns) or not cells[label]):
                     skipped += 1
-                elif len(cells) != width:
-                    raise UserError(f"{where} has {len(cells)} columns, not {width}: fix that line")
+                elif len(cells) != len(columns):
+                    raise UserError(f"{where} has {len(cells)} columns, not {len(columns)}: fix that line")
                 else:
-                    texts = [cells[column] for column in task.text]
-                    rows.append((texts[0], texts[1] if texts[1:] else "", parse_label(task, cells[task.label], where)))
+                    texts = [cells[columns.index(name)] for name in layout.text]
+                    rows.append((texts[0], texts[1] if texts[1:] else "", parse_label(task, cells[label], where)))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 after line {number} ({error.reason}): give the official file") from None
     if skipped:
@@ -251,7 +251,7 @@ def parse_label(task, cell, where):
                 return float(cell)
         except ValueError:
             pass
-    raise UserError(f"{where}: unknown label {cell!r}, {task.folder} has {known}: fix that line")
+    raise UserError(f"{where}: unknown label {cell!r}, {task.layout.folder} has {known}: fix that line")
 
 
 def encode_pair(tokenizer, a, b, max_length):

@@ -10,6 +10,7 @@ import random
 import re
 from pathlib import Path
 
+from data.layout import LAYOUTS
 from runtime.files import UserError, atomic, disk_errors
 
 LIMITS = re.compile(r"\b(?:if|unless|when|must|should|not|no|never|cannot|only|without|may|but)\b|n't\b", re.I)
@@ -85,19 +86,9 @@ class Examples:
         return first, foreign if label else second, ("entailment", "not_entailment")[label]
 
 
-# folder: method, number of labels, columns of (text_a, text_b, label), header; the other columns hold the row's number
-LAYOUT = {
-    "CoLA": (Examples.cola, 2, (3, None, 1), "source,label,star,sentence"),
-    "SST-2": (Examples.sst2, 2, (0, None, 1), "sentence,label"),
-    "MRPC": (Examples.mrpc, 2, (3, 4, 0), "\ufeffQuality,#1 ID,#2 ID,#1 String,#2 String"),
-    "QQP": (Examples.qqp, 2, (3, 4, 5), "id,qid1,qid2,question1,question2,is_duplicate"),
-    "STS-B": (Examples.stsb, 6, (7, 8, 9),
-              "index,genre,filename,year,old_index,source1,source2,sentence1,sentence2,score"),
-    "MNLI": (Examples.mnli, 3, (8, 9, 11),
-             "index,promptID,pairID,genre,sentence1_binary_parse,sentence2_binary_parse,sentence1_parse,"
-             "sentence2_parse,sentence1,sentence2,label1,gold_label"),
-    "QNLI": (Examples.qnli, 2, (1, 2, 3), "index,question,sentence,label"),
-    "RTE": (Examples.rte, 2, (1, 2, 3), "index,sentence1,sentence2,label"),
+EXAMPLES = {  # task: method, number of labels
+    "cola": (Examples.cola, 2), "sst2": (Examples.sst2, 2), "mrpc": (Examples.mrpc, 2), "qqp": (Examples.qqp, 2),
+    "stsb": (Examples.stsb, 6), "mnli": (Examples.mnli, 3), "qnli": (Examples.qnli, 2), "rte": (Examples.rte, 2),
 }
 
 
@@ -114,27 +105,28 @@ def write_standin(folder, texts, seed=0, train=400, dev=150):
     at = [len(documents) * tenths // 10 for tenths in (6, 8)]
     parts = {"train": documents[: at[0]], "dev": documents[at[0] :],
              "dev_matched": documents[at[0] : at[1]], "dev_mismatched": documents[at[1] :]}
-    for name, (example, labels, columns, header) in LAYOUT.items():
-        header = header.split(",")
-        for split in ("train", "dev_matched", "dev_mismatched") if name == "MNLI" else ("train", "dev"):
-            rng = random.Random(f"{seed} {name} {split}")
+    for name, layout in LAYOUTS.items():
+        example, labels = EXAMPLES[name]
+        for split in ("train", "dev_matched", "dev_mismatched") if name == "mnli" else ("train", "dev"):
+            rng = random.Random(f"{seed} {layout.folder} {split}")
             examples, size = Examples(parts[split], rng), train if split == "train" else dev
             drawn = []
             for label in range(labels):
                 known, found = set(drawn), dict.fromkeys(example(examples, label) for _ in range(3 * size))
                 drawn += [cells for cells in found if cells not in known][: size // labels]
-            if name != "STS-B":  # as many of each label as of the rarest
+            if name != "stsb":  # as many of each label as of the rarest
                 kinds = [[cells for cells in drawn if cells[2] == kind] for kind in dict.fromkeys(c[2] for c in drawn)]
                 drawn = [cells for kind in kinds for cells in kind[: min(map(len, kinds))]]
             rng.shuffle(drawn)
-            rows = [header] if name != "CoLA" else []
-            for i, cells in enumerate(drawn):
-                filled = dict(zip(columns, cells, strict=True))
-                rows.append([filled.get(column, str(i)) for column in range(len(header))])
-            path = Path(folder) / name / f"{split}.tsv"
+            rows = [layout.columns] if layout.headed else []
+            for i, (*texts, label) in enumerate(drawn):  # the other columns hold the row's number
+                filled = dict(zip(layout.text, texts, strict=False)) | {layout.label: label}
+                rows.append([filled.get(column, str(i)) for column in layout.columns])
+            path = Path(folder) / layout.folder / f"{split}.tsv"
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as file:
-                file.write(("\n".join(map("\t".join, rows)) + "\n" * (name != "CoLA")).encode())
+                mark = "\ufeff" if name == "mrpc" else ""
+                file.write((mark + "\n".join(map("\t".join, rows)) + "\n" * layout.headed).encode())
 
 
 def standin(parent, source, **sizes):
