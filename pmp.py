@@ -406,7 +406,7 @@ def release(run, masks):
             raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
                             "COMPLEMENT_MOVES in pmp.py")
         save_mask(run.folder.private / "mask.safetensors", masks, params)
-    save_folder(run.folder.release, run.model)
+    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
     from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
 
 
@@ -492,6 +492,15 @@ class Run:
             return mean_loss(self.model, self.validation.held_out(self.config.val_blocks), self.machine)
 
     # ---- the folder ----
+
+    def facts(self):
+        """What the model card says. It must not depend on rho or the mask."""
+        config = self.config
+        return [f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {type(self.model).__name__}, "
+                f"{self.model.max_positions:,} positions",
+                f"byte-level BPE of {self.tokenizer.size:,} tokens",
+                f"trained on {Path(config.data).name}, {config.steps:,} updates of {config.sequences} sequences of "
+                f"{config.block_size} tokens"]
 
     def save(self, masks, optimizer, step):
         """Write the checkpoint: weights, optimizer state, mask. All of it is secret."""

@@ -1471,15 +1471,16 @@ def test_a_run_says_what_it_does(finished):
     assert lines[3]["loss"] == pytest.approx(math.log(vocabulary), abs=0.4)
 
 
-def test_the_release_holds_weights_config_and_tokenizer_alone(finished, flags, tmp_path):
-    release = finished / "release"
-    assert {path.name for path in release.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
-                                                         "tokenizer_config.json"}
+def test_every_byte_beside_the_weights_is_the_same_with_and_without_pmp(finished, flags, tmp_path):
     dense = tmp_path / "dense"
     pmp.main([*flags, "--rho", "1.0", "--out", str(dense)])
     assert not (dense / "private" / "mask.safetensors").exists()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # the weights alone know a mask
-        assert (dense / "release" / name).read_bytes() == (release / name).read_bytes()
+    names = {path.name for path in (finished / "release").iterdir()}
+    assert names == {path.name for path in (dense / "release").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+        "tokenizer_config.json"}
+    for name in names - {"model.safetensors"}:
+        assert (dense / "release" / name).read_bytes() == (finished / "release" / name).read_bytes(), name
     headers = [(folder / "release" / "model.safetensors").read_bytes() for folder in (dense, finished)]
     header = [json.loads(h[8:8 + int.from_bytes(h[:8], "little")]) for h in headers]
     assert [h.pop("__metadata__").keys() for h in header] == [{"format", "crc32"}] * 2  # crc32 of the published weights
@@ -2488,7 +2489,7 @@ def test_the_outputs_of_a_diverged_model_are_wrong_whatever_the_label():
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
     peft, transformers = peer("peft"), peer("transformers")
-    model = small_model(kind)
+    generator, model = torch.Generator().manual_seed(0), small_model(kind)
     save_folder(tmp_path, model)
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"],
@@ -2497,7 +2498,7 @@ def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
     factors = [module for module in theirs.modules() if hasattr(module, "lora_A")]
     assert len(factors) == len(layers)
     for layer, factor in zip(layers, factors):
-        torch.nn.init.normal_(layer.B)
+        torch.nn.init.normal_(layer.B, std=0.2, generator=generator)
         for ours, peers in ((layer.A, factor.lora_A), (layer.B, factor.lora_B)):
             assert peers["default"].weight.shape == ours.shape
             peers["default"].weight.data.copy_(ours)

@@ -1,4 +1,4 @@
-"""Beyond the paper: what a determined outsider can do. Can he recover the mask? Can he fine-tune without it?
+"""Beyond the paper: what a determined outsider can do. Can the mask be recovered? Can one fine-tune without it?
 
     python experiments/attacks.py --scale laptop
 
@@ -87,7 +87,7 @@ def constant_score(lab, release):
 
 
 def rehearsal_score(lab, release, steps=50, batches=5):
-    """The outsider's own EarlyBird: a warm-up of random weights of his own on the public text, then |gradient|. No
+    """The outsider's own EarlyBird: a warm-up of other random weights on the public text, then |gradient|. No
     weight of the release enters, so what it finds is what any ticket of this architecture and text has in common."""
     body = copy.deepcopy(release.body)
     initialise(body, b"the outsider's own")

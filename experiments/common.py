@@ -106,7 +106,7 @@ class Adversary:
     method: str = "full"  # of glue.py
     settings: dict = field(default_factory=dict)  # of glue.Settings
     authorised: bool = False  # has the mask
-    mask: object = None  # (lab, Release) -> the {name: bool mask} that he trains inside of
+    mask: object = None  # (lab, Release) -> the {name: bool mask} to train inside of
     change: object = None  # (lab, Release, body) does something to the weights first
     optimizer: object = MaskedAdamW
     rate: float = 1.0  # what the learning rates are multiplied by
@@ -509,7 +509,7 @@ class Lab:
         return max(tried, key=lambda choice: accuracy(tried[choice]))
 
     def scores(self, variant, task, adversary, count=SEEDS, column=None):
-        """The accuracies of an adversary at the setting that his search chose, over `count` pairs of seeds.
+        """The accuracies of an adversary at the setting that its search chose, over `count` pairs of seeds.
 
         Runs what is missing; shorter than `count` while another process is at work on it.
         """

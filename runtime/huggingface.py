@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .files import UserError, read_json, write_json
+from .files import UserError, atomic, read_json, write_json
 from .parallel import rank
 from .safetensors import load_safetensors, save_safetensors
 
@@ -43,17 +43,20 @@ KINDS = {
 def config_to_dict(config, model_type):
     """The content of config.json: the sizes, and what transformers asks for."""
     kind = KINDS[model_type]
-    end_of_text = config.vocab_size - 1
     return {
         "architectures": [kind.architecture],
         "model_type": model_type,
         **{key: value for key, value in asdict(config).items() if value is not None},
         **kind.says,
         "initializer_range": 0.02,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        **special_tokens(config),
         "torch_dtype": "float32",
     }
+
+
+def special_tokens(config):
+    """Our tokenizers have one special token, the last one. It is the padding, too: transformers' batches need one."""
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.vocab_size - 1)
 
 
 def config_from_dict(raw, families, where):
@@ -84,15 +87,39 @@ def config_from_dict(raw, families, where):
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 
-def save_folder(folder, model):
-    """Write config.json and model.safetensors (the weights as they are), for transformers and for load_folder.
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
 
-    Every rank calls this, and rank 0 writes.
+# {title}
+
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Licence: to be named by the owner.
+"""
+
+
+def save_folder(folder, model, title="A language model", facts=()):
+    """Write what transformers and load_folder open: config.json, generation_config.json, model.safetensors, README.md.
+
+    title, facts: the heading and the lines of the model card. Every rank calls this, and rank 0 writes.
     """
     folder = Path(folder)
     if rank() == 0:
         folder.mkdir(exist_ok=True)
         write_json(folder / "config.json", config_to_dict(model.config, model.model_type))
+        write_json(folder / "generation_config.json", {**special_tokens(model.config), "do_sample": True,
+                                                       "temperature": 0.8, "top_k": 50})
+        with atomic(folder / "README.md") as file:
+            file.write(CARD.format(title=title, facts="\n".join(f"- {fact}" for fact in facts)).encode())
     save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
 
 
