@@ -26,8 +26,7 @@ from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
-                              memory_per_rank, place,
-                              share, split_like, whole, world)
+                              memory_per_rank, place, share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
 from runtime.tensors import bits, checksum, multiply_, shrink_, top_k
 from runtime.training import Reader, gradient, mean_loss, timed
