@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import time
 import zipfile
@@ -203,8 +204,8 @@ def check_files(name, folder):
     """Raise UserError where a file of task `name` is missing."""
     for file in TASKS[name].files:
         path = Path(folder) / file
-        require(path.is_file(), f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official "
-                                "zips are")
+        require(os.path.isfile(path),
+                f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips are")
 
 
 def load_task(name, folder):

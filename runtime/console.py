@@ -73,6 +73,7 @@ def check_fields(settings):
         fits = type(value) in allowed or value is None and f.default is None
         start = f"{flag_name(f.name)} {reprlib.repr(value)}"  # shortened: a file can hold a value of any depth
         require(fits, f"{start} is no {f.type.__name__}")
+        require(type(value) is not int or abs(value) < 2**63, f"{start} is too large")
         require(not choices or value in choices, f"{start} is none of {', '.join(choices or ())}")
         require(f.type is not str or is_name(value), f"{start} is empty or has characters that no name can have")
 

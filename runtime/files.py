@@ -29,12 +29,12 @@ class Stopped(UserError):
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNFIT_PATH = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
-              errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
+              errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENOMEM)
 
 
 @contextmanager
 def disk_errors(path):
-    """Raise a UserError for a full disk, and for a path that is missing, forbidden or of another kind.
+    """Raise a UserError for a full disk, and for a path that is missing, forbidden, of another kind or too large.
 
     Other errors pass: those of the network are OSErrors, too.
     """

@@ -107,7 +107,7 @@ def config_from_dict(raw, families, where):
 
 def check_ranges(config, kind, where):
     """Raise UserError that names `where` and the first field of a config object that no model can have."""
-    sizes = {name: value for name, value in asdict(config).items() if value is not None}  # None: from the others
+    sizes = {name: value for name, value in vars(config).items() if value is not None}  # None: from the others
     for name, value in sizes.items():
         types, least, most = RANGES[name]
         if type(value) not in types or not least <= value <= most:

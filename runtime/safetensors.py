@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import struct
 import zlib
 
@@ -65,19 +66,17 @@ def load_safetensors(path):
     """
     unfit = UserError(f"{path} is no safetensors file, or is damaged: restore it from a copy")
     with disk_errors(path), open_regular(path) as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise unfit
+        size = os.fstat(file.fileno()).st_size
+        try:
+            begin = 8 + struct.unpack("<Q", file.read(8))[0]
+            if begin > min(size, LARGEST_HEADER):
+                raise unfit
+            header = parse_json(file.read(begin - 8), path)
+            metadata = header.pop("__metadata__", {})
+            check_header(header, metadata, size - begin)
+        except (UserError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+            raise unfit from None
         content = np.memmap(file, np.uint8, "c")  # copy on write: the file stays as it is, whatever becomes of a tensor
-    begin = 8 + struct.unpack("<Q", start)[0]
-    if begin > min(len(content), LARGEST_HEADER):
-        raise unfit
-    try:
-        header = parse_json(content[8:begin].tobytes(), path)
-        metadata = header.pop("__metadata__", {})
-        check_header(header, metadata, len(content) - begin)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise unfit from None
     data = torch.from_numpy(content[begin:])
     if "crc32" in metadata and zlib.crc32(data.numpy()) != int(metadata["crc32"]):
         raise UserError(f"{path} is damaged (its checksum is wrong): restore it from a copy")
