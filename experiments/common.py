@@ -81,8 +81,8 @@ SCALES = {
 VARIANTS = {  # how the models of a scale are pre-trained
     "dense": {"rho": 1.0}, "pmp": {"rho": 0.7}, "random": {"rho": 0.7, "mask": "random"},
     "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
-    "old": {"rho": 0.7},  # with theta(0) as it was drawn before: see old_initial_value
     **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
+    "old": {"rho": 0.7},  # with theta(0) as it was drawn before: see old_initial_value
 }
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
 COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "chance": "#888888", "train": "#7fb2d9",
