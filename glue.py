@@ -7,10 +7,16 @@ Sections 4.1 to 4.3 and Table 1 of the paper, in the order in which things happe
 LoRA, fine-tuning, the sweep over tasks, methods and seeds.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word; then command_line acts
+
 import copy
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 import zipfile
@@ -31,7 +37,7 @@ from data.tokenizer import Tokenizer
 from model import FAMILIES, Conv1D, initialise
 from pmp import MaskedAdamW, load_mask
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
-from runtime.files import Results, UserError, atomic, disk_errors
+from runtime.files import Results, UserError, atomic, disk_errors, is_name
 from runtime.http import Failed, Refused, get, repeat
 from runtime.huggingface import load_folder
 from runtime.machine import Machine
@@ -193,7 +199,8 @@ def assemble_mrpc(folder):
 
 def check_file(path):
     """Raise UserError where a task's file is missing."""
-    require(path.is_file(), f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips")
+    require(os.path.isfile(path),
+            f"there is no {path}: give --glue-dir a folder with the TSVs laid out as the official zips are")
 
 
 def load_task(name, folder):
@@ -532,7 +539,8 @@ def check(settings):
         require(value is None or least <= value <= most, f"{flag_name(name)} {value} is outside {least} to {most}")
     require(settings.lr is None or 0 < settings.lr < math.inf, f"--lr {settings.lr} is not a positive number")
     require(0 <= settings.weight_decay < math.inf, f"--weight-decay {settings.weight_decay} is not 0 or more")
-    require(settings.clip > 0, f"--clip {settings.clip} is not positive: use a large number for no clipping")
+    require(0 < settings.clip < math.inf,
+            f"--clip {settings.clip} is not a positive number: use a large one for no clipping")
     require(0 < settings.lora_alpha < math.inf, f"--lora-alpha {settings.lora_alpha} is not a positive number")
 
 
@@ -698,7 +706,20 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
 # ---- the sweep -----------------------------------------------------------------------------------------------------
 
 
-IDENTITY = ("task", "weights", "method", "authorised", "seed", "data", "settings")
+IDENTITY = {"task": str, "weights": str, "method": str, "authorised": bool, "seed": int, "data": str, "settings": dict}
+
+
+def check_results(found, path):
+    """Raise UserError at the first of the results in a file that is none of a sweep's."""
+    for number, result in enumerate(found, 1):
+        try:
+            fits = all(type(result[key]) is kind for key, kind in {**IDENTITY, "model": str}.items())
+            numbers = [result["scores"][column][epoch]["accuracy"]
+                       for column in TASKS[result["task"]].columns for epoch in ("last", "best")]
+        except (KeyError, TypeError):
+            fits, numbers = False, []
+        require(fits and all(type(number) in (int, float) for number in numbers),
+                f"{path}, line {number} is no result of glue.py: name another file with --results")
 
 
 def identity(result):
@@ -815,10 +836,13 @@ def parse(argv):
     add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU [auto]")
     parser.add_fields(Settings, show=lambda f: "" if f.default is None else f" [{f.default}]")
     args = parser.parse_args(argv)
-    args.method = args.method or (AUTHORISED if args.mask else ("base", *AUTHORISED))
-    if args.mask and (wrong := [method for method in args.method if method not in AUTHORISED]):
+    args.method = args.method or (AUTHORISED if args.mask is not None else ("base", *AUTHORISED))
+    if args.mask is not None and (wrong := [method for method in args.method if method not in AUTHORISED]):
         raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
     require(not (args.standin and args.glue_dir), "--standin and --glue-dir exclude each other: leave one out")
+    for name, typed in (("RELEASE", args.release), *((flag_name(name), getattr(args, name))
+                                                     for name in ("mask", "glue_dir", "results"))):
+        require(typed is None or is_name(typed), f"{name} {typed!r} is empty or has characters that no name can have")
     require(all(0 <= seed < 2**63 for seed in args.seed), f"--seed {args.seed} has a number outside 0 to 2**63 - 1")
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     check(settings)
@@ -837,7 +861,8 @@ def main(argv=None):
     args, settings = from_first(parse, argv)
     machine = Machine(args.device, args.dtype)
     results = Results(args.results)
-    from_first(results.read)  # what is wrong with it shows before anything is downloaded, and so does the release's
+    # what is wrong with it shows before anything is downloaded, and so does the release's
+    check_results(from_first(results.read), args.results)
     release = first_then_others(partial(Release, args.release, args.mask))
     positions = release.body.max_positions
     require(settings.max_length <= positions,

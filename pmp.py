@@ -9,6 +9,11 @@ settings. Stage I finds the ticket, stage II trains the ticket alone, stage III 
 A mask is a dict {parameter name: bool tensor}: True is the ticket, False the complement.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word; then command_line acts
+
 import math
 import secrets
 from dataclasses import asdict, dataclass, field, replace
@@ -26,8 +31,7 @@ from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
-                              memory_per_rank, place,
-                              share, split_like, whole, world)
+                              memory_per_rank, place, share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
 from runtime.tensors import bits, checksum, multiply_, shrink_, top_k
 from runtime.training import Reader, gradient, mean_loss, timed
@@ -110,7 +114,9 @@ def check(config):
     check_fields(config)
     for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
                  "save_every", "shuffle_buffer"):
-        require(getattr(config, name) >= 1, f"{flag_name(name)} {getattr(config, name)} is below 1")
+        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
+        require(1 <= getattr(config, name) <= most,
+                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
     for name in ("seed", "init_seed"):
         number = getattr(config, name) or 0
         require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
@@ -124,7 +130,8 @@ def check(config):
     require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
     require(0 <= config.weight_decay < 1 / config.lr,
             f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
-    require(config.clip > 0, f"--clip {config.clip} is not positive: use a large number for no clipping")
+    require(0 < config.clip < math.inf,
+            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
     require(2 <= config.block_size <= model.max_positions,
             f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
             f"--preset {config.preset}")
@@ -355,12 +362,14 @@ def pack_mask(masks):
 
 def unpack_mask(packed, params):
     """The mask of pack_mask, shaped like params. Raises UserError where they do not fit."""
+    unfit = packed.keys() ^ params.keys()
+    unfit |= {name for name in packed.keys() & params.keys() if packed[name].dtype != torch.uint8
+              or packed[name].shape != ((params[name].numel() + 7) // 8,)}
+    if unfit:
+        raise UserError(f"the mask does not fit the model at {min(unfit)}: it was made for another model")
     masks = {}
     for name, p in params.items():
-        tensor = packed.get(name)
-        if tensor is None or tensor.dtype != torch.uint8 or tensor.shape != ((p.numel() + 7) // 8,):
-            raise UserError(f"the mask does not fit the model at {name}: it was made for another model")
-        flags = np.unpackbits(tensor.numpy(), count=p.numel())
+        flags = np.unpackbits(packed[name].numpy(), count=p.numel())
         masks[name] = split_like(p, torch.from_numpy(flags).view(torch.bool).view(p.shape))
     return masks
 
@@ -406,7 +415,7 @@ def release(run, masks):
             raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
                             "COMPLEMENT_MOVES in pmp.py")
         save_mask(run.folder.private / "mask.safetensors", masks, params)
-    save_folder(run.folder.release, run.model)
+    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
     from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
 
 
@@ -440,6 +449,12 @@ def pmp(run, make_optimizer=None):
 # what the stages share
 
 
+def identity(config, secret, tokenizer):
+    """What a run's checkpoint belongs to: {name: JSON value} of all that decides its numbers."""
+    settings = {name: value for name, value in asdict(config).items() if name not in (*MACHINE, "out")}
+    return settings | {"secret": secret.hex(), "tokenizer": tokenizer}
+
+
 class Run:
     """One run: its settings and secret, its text and model, its folder and machine."""
 
@@ -456,14 +471,13 @@ class Run:
         self.train, self.validation = (Reader(text, config.batch_size, config.block_size, self.machine.device)
                                        for text in (train, validation))
         train.read(0, config.sequences, config.block_size)  # too small a text shows before anything is written
-        self.identity = {name: value for name, value in asdict(config).items() if name not in (*MACHINE, "out")}
-        self.identity |= {"secret": secret.hex(), "tokenizer": self.tokenizer.fingerprint}
+        self.identity = identity(config, secret, self.tokenizer.fingerprint)
 
     def begin(self):
         """Build the model, its weights still empty, and open the log."""
         config = self.config
         _, state = self.folder.load(self.identity)
-        self.progress = Progress(self.folder.open_log(int(state.get("log_bytes", 0))), self.tokens)
+        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
         shape = replace(PRESETS[config.preset].shape, vocab_size=self.tokenizer.size)
         self.model, layout = place(partial(build, shape), self.machine.device, config.shard)
         self.model.checkpointing = config.checkpointing
@@ -493,12 +507,21 @@ class Run:
 
     # ---- the folder ----
 
+    def facts(self):
+        """What the model card says. It must not depend on rho or the mask."""
+        config = self.config
+        return [f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {type(self.model).__name__}, "
+                f"{self.model.max_positions:,} positions",
+                f"byte-level BPE of {self.tokenizer.size:,} tokens",
+                f"trained on {Path(config.data).name}, {config.steps:,} updates of {config.sequences} sequences of "
+                f"{config.block_size} tokens"]
+
     def save(self, masks, optimizer, step):
         """Write the checkpoint: weights, optimizer state, mask. All of it is secret."""
         with self.progress.pause():
             tensors = {f"model.{name}": p for name, p in self.model.named_parameters()} | optimizer.state()
             tensors |= {f"mask.{name}": packed for name, packed in pack_mask(masks or {}).items()}
-            state = {"step": str(step), "log_bytes": str(self.progress.log_bytes())}
+            state = {"step": step, "log_bytes": self.progress.log_bytes()}
             self.folder.save(tensors, state, self.identity)
 
     def load(self):
@@ -511,7 +534,7 @@ class Run:
             assign(p, saved[f"model.{name}"])
         packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
         self.progress.say(f"going on after update {state['step']}")
-        return saved, unpack_mask(packed, params) if packed else None, int(state["step"])
+        return saved, unpack_mask(packed, params) if packed else None, state["step"]
 
     def keep_density(self, masks):
         """Write down the ticket's density. It goes to the private folder, never to the screen or the log."""
@@ -611,14 +634,17 @@ def resumed_run(machine_flags, folder, stop):
     """The run that a folder holds, with its own settings, checked like those of a new one."""
     record = folder.read_record()
     try:
+        require(record["config"].keys() == asdict(Config()).keys(), "other settings")
         config = Config(**{**record["config"], "out": str(folder.out), **machine_flags})
         secret, tokenizer = bytes.fromhex(record["init_secret"]), record["tokenizer"]
-    except (ValueError, KeyError, TypeError):
+        require(len(secret) == 32 or config.init_seed is not None, "another secret")
+    except (ValueError, KeyError, TypeError, AttributeError, UserError):
         raise UserError(f"{folder.record} is damaged: restore it from a copy, or start a new run") from None
     try:
         check(config)
     except UserError as error:
         raise UserError(f"{folder.record}: {error}") from None
+    folder.load(identity(config, secret, tokenizer))  # an edited record shows before any text is prepared for it
     run = Run(config, secret, folder, stop)
     if run.tokenizer.fingerprint != tokenizer:
         raise UserError(f"the text or tokenizer of {folder.out} has changed since the run began: put the old one back")

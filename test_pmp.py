@@ -15,9 +15,11 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -53,7 +55,8 @@ from glue import add_lora, merge_lora
 from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
 from runtime import http, tensors
 from runtime.console import Progress, command_line
-from runtime.files import UserError
+from runtime.files import UserError, atomic
+from runtime.folder import Folder
 from runtime.huggingface import config_from_dict, config_to_dict, load_folder, save_folder
 from runtime.machine import Machine
 from runtime.parallel import memory_per_rank
@@ -317,27 +320,6 @@ def test_no_initial_weight_is_minus_zero(monkeypatch):
     monkeypatch.setattr(model_module, "secret_generator", lambda secret, name: drawn)
     bits = initial_value(build(SMALL["llama"], "meta"), "lm_head.weight", (4,), b"x").view(torch.int32)
     assert bits[:3].tolist() == [0, 0, 0] and bits[3] != 0
-
-
-def lattice_gaps(values, std):
-    """Which fp32 values are fl32(z * fl32(std)) of no fp32 z: a rule for theta(0) must not leave such gaps."""
-    std = np.float32(std)
-    z = (values.numpy().astype(np.float64) / std).astype(np.float32)
-    near = [z, np.nextafter(z, np.float32(np.inf)), np.nextafter(z, np.float32(-np.inf))]
-    return ~torch.from_numpy(np.any([one * std == values.numpy() for one in near], axis=0))
-
-
-def test_the_bits_of_an_initial_weight_do_not_tell_that_it_is_one():
-    """A product of two fp32 numbers leaves gaps that a trained weight falls into and a frozen one never does."""
-    model = build(SMALL["llama"], "meta")
-    for name, std in (("lm_head.weight", 0.02), ("model.layers.0.mlp.down_proj.weight", 0.01)):
-        draw = initial_value(model, name, (400, 1000), b"x")
-        trained = draw - 1e-4 * torch.randn(draw.shape, generator=torch.Generator().manual_seed(0))
-        shares = [lattice_gaps(x, std).double().mean().item() for x in (draw, trained)]
-        assert shares[0] == pytest.approx(shares[1], abs=0.003)
-        old = torch.from_numpy(np.random.default_rng(0).standard_normal(400_000, dtype=np.float32)) * std
-        assert not lattice_gaps(old, std).any()  # the rule that this test is there to keep out
-        assert std != 0.02 or shares[0] > 0.1  # so that it would show
 
 
 def test_initial_weights_follow_their_rules_and_no_parameter_is_forgotten():
@@ -1492,15 +1474,16 @@ def test_a_run_says_what_it_does(finished):
     assert lines[3]["loss"] == pytest.approx(math.log(vocabulary), abs=0.4)
 
 
-def test_the_release_holds_weights_config_and_tokenizer_alone(finished, flags, tmp_path):
-    release = finished / "release"
-    assert {path.name for path in release.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
-                                                         "tokenizer_config.json"}
+def test_every_byte_beside_the_weights_is_the_same_with_and_without_pmp(finished, flags, tmp_path):
     dense = tmp_path / "dense"
     pmp.main([*flags, "--rho", "1.0", "--out", str(dense)])
     assert not (dense / "private" / "mask.safetensors").exists()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # the weights alone know a mask
-        assert (dense / "release" / name).read_bytes() == (release / name).read_bytes()
+    names = {path.name for path in (finished / "release").iterdir()}
+    assert names == {path.name for path in (dense / "release").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+        "tokenizer_config.json"}
+    for name in names - {"model.safetensors"}:
+        assert (dense / "release" / name).read_bytes() == (finished / "release" / name).read_bytes(), name
     headers = [(folder / "release" / "model.safetensors").read_bytes() for folder in (dense, finished)]
     header = [json.loads(h[8:8 + int.from_bytes(h[:8], "little")]) for h in headers]
     assert [h.pop("__metadata__").keys() for h in header] == [{"format", "crc32"}] * 2  # crc32 of the published weights
@@ -2509,7 +2492,7 @@ def test_the_outputs_of_a_diverged_model_are_wrong_whatever_the_label():
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
     peft, transformers = peer("peft"), peer("transformers")
-    model = small_model(kind)
+    generator, model = torch.Generator().manual_seed(0), small_model(kind)
     save_folder(tmp_path, model)
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"],
@@ -2518,7 +2501,7 @@ def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
     factors = [module for module in theirs.modules() if hasattr(module, "lora_A")]
     assert len(factors) == len(layers)
     for layer, factor in zip(layers, factors):
-        torch.nn.init.normal_(layer.B)
+        torch.nn.init.normal_(layer.B, std=0.2, generator=generator)
         for ours, peers in ((layer.A, factor.lora_A), (layer.B, factor.lora_B)):
             assert peers["default"].weight.shape == ours.shape
             peers["default"].weight.data.copy_(ours)
@@ -2683,3 +2666,514 @@ def test_glue_runs_as_typed(finished, standin, tmp_path):
                      script="glue.py", cwd=tmp_path)
     assert result.returncode == 0 and "rte base seed 42: RTE" in result.stdout, result.stderr
     assert json.loads((tmp_path / "glue.jsonl").read_text())["task"] == "rte"
+
+
+# -----------------------------------------------------------------------------
+# hostile folders and files
+
+
+def listing(folder):
+    """{path: (mode, content)} of all below a folder."""
+    def content(path):
+        if path.is_symlink():
+            return os.readlink(path)
+        if path.stat().st_size > 2**24:
+            return path.stat().st_mtime_ns
+        return path.read_bytes() if path.is_file() else None
+    return {path: (path.lstat().st_mode, content(path)) for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Checks that a command ends at once with one sentence and exit code 2, needs no memory, and leaves no trace."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(main, *argv, expect):
+        before, peak = listing(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
+        with pytest.raises(SystemExit) as leave:
+            command_line(lambda: main([str(word) for word in argv]))
+        took, error = time.perf_counter() - began, capsys.readouterr().err
+        assert leave.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert re.search(expect, error) and len(error) < 1200 and "Traceback" not in error, error
+        assert took < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**18, took  # KiB
+        assert listing(tmp_path) == before
+    return check
+
+
+@pytest.fixture(scope="session")
+def small_folders(bpe, tmp_path_factory):
+    """{kind: a release of a model of a few hundred kilobytes}."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("gpt2", "llama")}
+    for kind, folder in folders.items():
+        model = build(dataclasses.replace(SMALL[kind], vocab_size=bpe.size))
+        initialise(model, b"test")
+        save_folder(folder, model)
+        bpe.save(folder)
+    return folders
+
+
+@pytest.fixture
+def small(small_folders, tmp_path):
+    """Copies of small_folders to spoil."""
+    return lambda kind="llama": Path(shutil.copytree(small_folders[kind], tmp_path / "small"))
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NESTED = json.loads("[" * 500 + "]" * 500)
+NO_SIZE = ("12", 12.0, True, [12], {}, -4, 0, 10**9, 10**30, math.nan, NESTED)
+NO_REAL = ("1e-5", True, [1], {}, 0, 0.0, -1e-5, math.nan, math.inf, -math.inf, 10**400, NESTED)
+LLAMA_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+               "num_attention_heads", "num_key_value_heads", "head_dim")
+GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+BAD_CONFIGS = [("llama", {name: value}) for name in LLAMA_SIZES for value in NO_SIZE]
+BAD_CONFIGS += [("gpt2", {name: value}) for name in GPT2_SIZES for value in NO_SIZE]
+BAD_CONFIGS += [("llama", {name: value}) for name in ("rms_norm_eps", "rope_theta") for value in NO_REAL]
+BAD_CONFIGS += [("gpt2", {"layer_norm_epsilon": value}) for value in NO_REAL]
+BAD_CONFIGS += [("llama", change) for change in (
+    *({"rope_parameters": {"rope_type": "default", "rope_theta": value}} for value in NO_REAL),
+    *({"tie_word_embeddings": value} for value in ("no", 1, 0, 0.0, [], NESTED)),
+    *({"model_type": value} for value in (None, 5, ["llama"], {}, "", "x" * 10**5, "a\nb\x1b[2J", NESTED)),
+    *({"architectures": value} for value in (5, "LlamaForCausalLM", {}, True)),
+    *({name: value} for name in ("rope_parameters", "rope_scaling") for value in (5, "default", ["x"], True, NESTED)),
+    {"rope_scaling": {"rope_type": ["default"]}}, {"rope_scaling": {"type": {}}},
+    {"hidden_act": ["silu"]}, {"hidden_act": NESTED}, {"attention_bias": "false"}, {"quantization_config": 5},
+    {"num_attention_heads": 5}, {"num_attention_heads": 6, "num_key_value_heads": 4}, {"num_key_value_heads": 3},
+    {"head_dim": 7}, {"num_attention_heads": 32}, {"vocab_size": None}, {"num_hidden_layers": None},
+)]
+BAD_CONFIGS += [("gpt2", {"n_head": 5}), ("gpt2", {"n_head": 33}), ("gpt2", {"activation_function": {}}),
+                ("gpt2", {"scale_attn_weights": "yes"})]
+# what a config may say, but not of these tensors: nothing of that size is built
+TOO_LARGE = [("llama", {"vocab_size": 2**24}), ("llama", {"hidden_size": 2**20}), ("llama", {"head_dim": 2**16}),
+             ("llama", {"intermediate_size": 2**20}), ("llama", {"num_hidden_layers": 256}),
+             ("gpt2", {"n_embd": 2**20}),
+             ("gpt2", {"n_positions": 2**24}), ("gpt2", {"n_layer": 256}), ("gpt2", {"n_inner": 2**20}),
+             ("llama", {"num_hidden_layers": 1}), ("gpt2", {"n_layer": 1}), ("llama", {"hidden_size": 64})]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_hostile_config_is_refused_before_anything_is_built(kind, small, refused):
+    folder = small(kind)
+    good = json.loads((folder / "config.json").read_text())
+    for expect, changes in ((r"/config\.json: ", BAD_CONFIGS), (r"config\.json says|lacks the tensor|holds the tensor",
+                                                                TOO_LARGE)):
+        for of, change in changes:
+            if of == kind:
+                (folder / "config.json").write_text(json.dumps(good | change))
+                refused(glue.main, folder, expect=expect)
+    for text in ("", "5", "null", "[]", '"x"', DEEP, '{"a": ' + DEEP + "}", "{", "\0", '{"model_type": "llama", ' * 2,
+                 json.dumps(good)[:-1] + ', "model_type": "llama"}', '{"vocab_size": ' + "9" * 5000 + "}"):
+        (folder / "config.json").write_text(text)
+        refused(glue.main, folder, expect=r"config\.json (is not|is no)")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_valid_configs_of_hugging_face_still_open(kind, small):
+    folder = small(kind)
+    good = json.loads((folder / "config.json").read_text())
+    for change in (dict.fromkeys(("head_dim", "n_inner", "rope_scaling", "architectures", "torch_dtype")),
+                   {"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 5000}},
+                   {"rope_theta": 5000, "transformers_version": "4.30.0", "pretraining_tp": 1, "n_ctx": 48,
+                    "task_specific_params": {"text-generation": {"do_sample": True}}}):
+        (folder / "config.json").write_text(json.dumps(good | change))
+        assert load_folder(folder, FAMILIES).config.vocab_size == good["vocab_size"]
+
+
+def raw_safetensors(header, data=bytes(24), length=None):
+    """The bytes of a file whose header is any text, or any JSON value."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    return struct.pack("<Q", len(text.encode()) if length is None else length) + text.encode() + data
+
+
+GOOD_ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+GOOD_TEXT = json.dumps(GOOD_ENTRY)
+BAD_ENTRIES = [GOOD_ENTRY | change for change in (
+    *({"dtype": value} for value in (["F32"], {}, None, 5, "F8_E4M3", "f32", "F64", "BOOL", "../../x", NESTED)),
+    *({"shape": value} for value in (None, 6, "23", {}, {"2": 3}, [2, -3], [-2, -3], [2.0, 3], [True, 6], [2, "3"],
+                                     [6, [1]], [math.nan], [math.inf, 0], [10**30], [10**30, 0], [2**62, 2**62, 0],
+                                     [2**63, 0],
+                                     [2**32, 2**32], [0], [7], [], [1] * 65, [6, 1, 1, 2], NESTED)),
+    *({"data_offsets": value} for value in (
+        None, 24, "ab", {}, {"0": 24}, [], [0], [0, 24, 24], [24, 0], [-24, 0], [0, 23], [1, 25], [0, 48], [0.0, 24.0],
+        [False, 24], ["0", "24"], [0, math.nan], [math.inf, 24], [0, 10**30], [10**30, 10**30 + 24],
+        [2**63, 2**63 + 24], NESTED)),
+)]
+BAD_ENTRIES += [None, 5, "x", [], [1, 2], {}, NESTED, {"dtype": "F32", "shape": [2, 3]}]
+BAD_METADATA = [None, 5, "x", [], ["a"], {"a": 5}, {"a": None}, {"a": ["b"]}, {"a": {}}, {"crc32": 5}, {"crc32": ""},
+                {"crc32": "x"}, {"crc32": "1e9"}, {"crc32": "0x10"}, {"crc32": "nan"}, {"crc32": "9" * 5000}, NESTED]
+BAD_SAFETENSORS = [
+    b"", b"1234567", bytes(8), b"\xff" * 100, b"\x80\x02}q\x00." * 20, b"PK\x03\x04" * 20,
+    *(raw_safetensors({"a": GOOD_ENTRY}, length=length) for length in (
+        0, 1, 2**20, 10**8 + 1, 2**63, 2**63 - 1, 2**64 - 1)),
+    *(raw_safetensors(text) for text in ("", "5", "null", "[]", '"x"', "NaN", DEEP, '{"a": ' + DEEP + "}", "{" * 9,
+                                         '{"a": 1}', "{'a': 1}", "{}", "\0\0")),
+    *(raw_safetensors({"a": entry}) for entry in BAD_ENTRIES),
+    *(raw_safetensors({"__metadata__": metadata, "a": GOOD_ENTRY}) for metadata in BAD_METADATA),
+    raw_safetensors(f'{{"a": {GOOD_TEXT}, "a": {GOOD_TEXT}}}'),
+    raw_safetensors(f'{{"a": {GOOD_TEXT[:-1]}, "dtype": "F32"}}}}'),
+    raw_safetensors(f'{{"__metadata__": {{}}, "__metadata__": {{}}, "a": {GOOD_TEXT}}}'),
+    raw_safetensors({"a": GOOD_ENTRY, "b": GOOD_ENTRY}),  # two tensors in the same bytes
+    raw_safetensors({"a": GOOD_ENTRY, "b": GOOD_ENTRY | {"data_offsets": [12, 36]}}, bytes(36)),
+    raw_safetensors({"a": GOOD_ENTRY, "b": GOOD_ENTRY | {"data_offsets": [28, 52]}}, bytes(52)),  # a gap
+    raw_safetensors({"a": GOOD_ENTRY}, bytes(25)), raw_safetensors({"a": GOOD_ENTRY}, bytes(23)),
+    raw_safetensors({"a": GOOD_ENTRY}, b""),
+]
+
+
+def test_hostile_safetensors_are_refused(small, refused):
+    folder = small()
+    path = folder / "model.safetensors"
+    for content in BAD_SAFETENSORS:
+        path.write_bytes(content)
+        refused(glue.main, folder, expect=r"model\.safetensors is no safetensors file")
+    for crc in ("1", "-1", "9" * 40, "0000000000"):
+        path.write_bytes(raw_safetensors({"__metadata__": {"crc32": crc}, "a": GOOD_ENTRY}, b"x" * 24))
+        refused(glue.main, folder, expect="checksum is wrong")
+    for name in ("../../etc/passwd", "/etc/passwd", "", "a\nb", "\x1b[2J", "\ud800", "\0", "n" * 10**6):
+        path.write_bytes(raw_safetensors({name: GOOD_ENTRY}))
+        refused(glue.main, folder, expect="lacks the tensor")
+
+
+def test_tensors_that_are_no_weights_are_refused(small, refused):
+    folder = small()
+    path = folder / "model.safetensors"
+    good = {name: tensor.clone() for name, tensor in load_safetensors(path)[0].items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype in (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        save_safetensors(path, good | {name: good[name].to(dtype)}, {})
+        refused(glue.main, folder, expect="floating-point")
+    for tensor in (torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 2**40), good[name].t(), good[name][None]):
+        save_safetensors(path, good | {name: tensor}, {})
+        refused(glue.main, folder, expect="config.json says")
+    for extra in ("../x", "x\ny", "model.layers.99.mlp.up_proj.weight", "\x1b[31m"):
+        save_safetensors(path, good | {extra: torch.ones(2)}, {})
+        refused(glue.main, folder, expect="holds the tensor")
+
+
+def test_a_hostile_index_is_refused(small, refused, tmp_path):
+    folder = small()
+    index = folder / "model.safetensors.index.json"
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    for content in ("", "5", "[]", DEEP, '{"weight_map": ' + DEEP + "}", '{"weight_map": {}, "weight_map": {}}'):
+        index.write_text(content)
+        refused(glue.main, folder, expect=r"index\.json is not")
+    for value in (None, 5, "model.safetensors", [], ["model.safetensors"], *({"a": name} for name in (
+            None, 5, [], {}, "", ".", "..", "../outside.safetensors", "/etc/passwd", "x/../model.safetensors",
+            "./model.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors", "a\0.safetensors",
+            "model.safetensors\n", "config.json", "~/x.safetensors", NESTED))):
+        index.write_text(json.dumps({"weight_map": value}))
+        refused(glue.main, folder, expect=r"index\.json needs a weight_map")
+    index.write_text("{}")
+    refused(glue.main, folder, expect=r"index\.json needs a weight_map")
+    index.write_text(json.dumps({"weight_map": {}}))
+    refused(glue.main, folder, expect="lacks the tensor")
+    (folder / "folder.safetensors").mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    for name in ("missing", "folder", "pipe", "loop", "x" * 300):
+        index.write_text(json.dumps({"weight_map": {"a": f"{name}.safetensors"}}))
+        refused(glue.main, folder, expect=r"cannot use|no regular file")
+
+
+def special(folder):
+    """[paths in a folder that no program can use as a file, and no program should wait for]."""
+    (folder / "a file").write_text("x")
+    (folder / "a folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
+    return [folder / name for name in ("a folder", "pipe", "loop", "dangling", "x" * 300, "a file/below")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_release_with_a_special_file_is_refused(name, small, refused):
+    folder = small()
+    path = folder / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    refused(glue.main, folder, expect="no regular file|no model folder|cannot use")
+    path.rmdir()
+    os.mkfifo(path)
+    refused(glue.main, folder, expect="no regular file")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(glue.main, folder, expect="no regular file")
+    path.unlink()
+    os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**36)  # 64 GiB of nothing
+    refused(glue.main, folder, expect="is larger|no safetensors file")
+
+
+def test_hostile_masks_are_refused(small, refused, tmp_path):
+    folder, path = small(), tmp_path / "mask.safetensors"
+    params = dict(load_folder(folder, FAMILIES).named_parameters())
+    good = pmp.pack_mask({name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()})
+    bound = {"weights_sha256": fingerprint(params)}
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value in (torch.tensor(1, dtype=torch.uint8), good[name].to(torch.int8), good[name].bool(), good[name].float(),
+                  good[name][:-1], torch.cat([good[name], good[name]]), good[name][None], good[name][:0]):
+        save_safetensors(path, good | {name: value}, bound)
+        refused(glue.main, folder, "--mask", path, expect=f"mask does not fit the model at {name}")
+    for change in ({}, {"../x": good[name]}, {"extra": torch.zeros(2**10, dtype=torch.uint8)}):
+        save_safetensors(path, {key: good[key] for key in good if change or key != name} | change, bound)
+        refused(glue.main, folder, "--mask", path, expect="mask does not fit the model")
+    for metadata in ({}, {"weights_sha256": ""}, {"weights_sha256": "0" * 64}, {"weights": bound["weights_sha256"]}):
+        save_safetensors(path, good, metadata)
+        refused(glue.main, folder, "--mask", path, expect="made for another release")
+    for path in (*special(tmp_path), "", " ", "/dev/null", tmp_path / "a file"):
+        refused(glue.main, folder, "--mask", path, expect="cannot use|no regular file|--mask .* is empty|no safetens")
+
+
+def test_hostile_flags_of_glue_are_refused(small, refused, tmp_path):
+    folder, number = small(), "9" * 40
+    for name in ("--clip", "--weight-decay", "--lora-alpha", "--lr"):
+        for value in ("nan", "inf", "-inf", "-1", "x", "", "1" * 5000 + "x"):
+            refused(glue.main, folder, f"{name}={value}", expect=name)
+    for name in ("--lora-rank", "--epochs", "--batch-size", "--max-length", "--limit", "--seed"):
+        for value in ("-1", number, "1.5", "nan", "", "9" * 5000):
+            refused(glue.main, folder, f"{name}={value}", expect=name)
+    refused(glue.main, folder, "--lora-rank", 10**9, expect="--lora-rank")
+    for device in ("meta", "", "warp", "cuda:99", "cuda:-1", "cuda:" + number, "xla", "hpu", "privateuseone", "cpu\n"):
+        refused(glue.main, folder, "--device", device, expect="--device .*not available")
+    specials = special(tmp_path)
+    for value in ("", " ", "gpt2", "a/b", "\udcff", *specials, tmp_path / "a file"):
+        refused(glue.main, value, expect="RELEASE|no folder|no model folder|cannot use")
+    for value in ("", " ", *specials):
+        refused(glue.main, folder, "--results", value, expect="--results|cannot use|no regular file|no folder")
+    for value in ("", *specials, tmp_path / "a file"):
+        refused(glue.main, folder, "--max-length", 24, "--glue-dir", value, expect="--glue-dir|cannot use")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    refused(glue.main, adapter, expect="PEFT adapter")
+
+
+def test_results_that_are_not_ours_are_refused_and_kept(small, refused, tmp_path):
+    folder, path = small(), tmp_path / "results"
+    ours = {"task": "rte", "model": "m", "weights": "w", "method": "base", "authorised": False, "seed": 1,
+            "data": "GLUE", "settings": {}, "scores": {"RTE": {"last": {"accuracy": 50.0}, "best": {"accuracy": 50.0}}}}
+    lines = [json.dumps({**ours, **change}) for change in (
+        {"task": 5}, {"task": "wnli"}, {"task": []}, {"seed": "1"}, {"seed": True}, {"model": None}, {"authorised": 0},
+        {"settings": []}, {"scores": 5}, {"scores": {}}, {"scores": {"RTE": []}}, {"scores": {"RTE": {"last": {}}}},
+        {"scores": {"CoLA": ours["scores"]["RTE"]}}, {"scores": NESTED},
+        {"scores": {"RTE": {"last": {"accuracy": "50"}, "best": {"accuracy": 50}}}})]
+    lines += [json.dumps({key: value for key, value in ours.items() if key != missing}) for missing in ours]
+    for line in (*lines, "5", "[1, 2]", "null", '"x"', "{}", '{"a": 1}', "word", DEEP, "{" * 10, '{"a": 1, "a": 2}'):
+        path.write_text(line + "\n")
+        refused(glue.main, folder, "--results", path, expect="results, line 1 is no")
+        path.write_text(json.dumps(ours) + "\n" + line + "\n")
+        refused(glue.main, folder, "--results", path, expect="results, line 2 is no")
+    for text in ("5", "word", "a word\nand more", "[1, 2]", '{"a": 1}'):  # without an end, and yet no torn line of ours
+        path.write_text(text)
+        refused(glue.main, folder, "--results", path, expect="results, line 1 is no")
+
+
+def test_hostile_flags_of_pmp_are_refused(flags, refused, tmp_path):
+    def check(*argv, expect):
+        refused(pmp.main, *flags, "--out", tmp_path / "out", *argv, expect=expect)
+
+    for name, values in {"--rho": ("1e-12", "0", "-1", "nan", "inf"), "--lr": ("0", "nan", "inf", "-1", "1e-400"),
+                         "--weight-decay": ("nan", "inf", "-1", "1e300"), "--clip": ("nan", "inf", "0", "-1"),
+                         "--eb-iou": ("nan", "inf", "-1", "2")}.items():
+        for value in (*values, "", "x", "1" * 5000 + "x"):
+            check(f"{name}={value}", expect=name)
+    for name in ("--seed", "--init-seed", "--steps", "--batch-size", "--grad-accum", "--block-size", "--val-blocks",
+                 "--save-every", "--shuffle-buffer"):
+        for value in ("-1", "9" * 40, "1.5", "", "9" * 5000):
+            check(f"{name}={value}", expect=name)
+    for device in ("meta", "warp", "cuda:99", "xla", "hpu", "cuda:" + "9" * 40):
+        check("--device", device, expect="--device .*not available")
+    for name in ("--cache", "--data", "--device", "--out"):
+        for value in ("", "  "):
+            check(name, value, expect=f"{name} .* is empty")
+    refused(pmp.main, "--resume", "", expect="is empty")
+
+
+def test_an_out_that_cannot_be_a_folder_is_refused(flags, refused, tmp_path):
+    special(tmp_path)
+    for name in ("a file", "a file/below", "pipe", "loop", "loop/below", "dangling", "dangling/below", "x" * 300,
+                 "new/" + "x" * 300, "new/" * 2000 + "x", "/proc/no", "/dev/null/x"):
+        refused(pmp.main, *flags, "--out", name, expect="is a file|cannot use")
+        refused(pmp.main, "--resume", name, expect="is a file|cannot use|holds no run")
+    for number, (name, kind) in enumerate(itertools.product(("private", "release", "log.jsonl", "private/lock"),
+                                                            ("file", "folder", "link", "dangling", "loop", "pipe"))):
+        path = tmp_path / f"used{number}" / name
+        path.parent.mkdir(parents=True)
+        {"file": lambda: path.write_text("x"), "folder": path.mkdir,
+         "link": lambda: path.symlink_to(tmp_path / "a file"), "dangling": lambda: path.symlink_to("nowhere"),
+         "loop": lambda: path.symlink_to(path.name), "pipe": lambda: os.mkfifo(path)}[kind]()
+        if (name, kind) not in (("private", "folder"), ("private/lock", "file"), ("private/lock", "pipe")):  # fine
+            refused(pmp.main, *flags, "--out", tmp_path / f"used{number}", expect="must be|not empty|cannot use")
+        refused(pmp.main, "--resume", tmp_path / f"used{number}", expect="must be|cannot use|holds no run")
+
+
+def remove(path):
+    """Delete a file, a link, a pipe or an empty folder."""
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+@pytest.fixture
+def private(finished, tmp_path):
+    """The private folder of a finished run's copy, in which a test may replace files."""
+    folder = tmp_path / "copy" / "private"
+    folder.mkdir(parents=True, mode=0o700)
+    shutil.copy(finished / "private" / "run.json", folder)
+    shutil.copy(finished / "private" / "lock", folder)
+    os.link(finished / "private" / "checkpoint.safetensors", folder / "checkpoint.safetensors")
+    return folder
+
+
+def test_an_edited_run_json_is_refused(private, refused):
+    record = private / "run.json"
+    good = json.loads(record.read_text())
+
+    def check(content, expect):
+        record.write_text(content if isinstance(content, str) else json.dumps(content))
+        refused(pmp.main, "--resume", private.parent, expect=expect)
+
+    for content in ("", "5", "[]", "null", "{", DEEP, '{"config": ' + DEEP + "}", "\0", json.dumps(good)[:-9]):
+        check(content, expect=r"run\.json is not")
+    for name in ("config", "init_secret"):
+        for value in (None, 5, [], {}, "x", True, NESTED, "ab", ""):
+            check(good | {name: value}, expect=r"run\.json is damaged")
+        check({key: value for key, value in good.items() if key != name}, expect=r"run\.json is damaged")
+    for change in ({"unknown": 1}, {"rho ": 0.7}):
+        check(good | {"config": good["config"] | change}, expect=r"run\.json is damaged")
+    for name in good["config"]:
+        check(good | {"config": {key: value for key, value in good["config"].items() if key != name}},
+              expect=r"run\.json is damaged")
+        for value in (NESTED, {}, [1]):
+            if name != "out":  # where the folder is now counts
+                flag = "--" + name.replace("_", "-")
+                check(good | {"config": good["config"] | {name: value}}, expect=rf"run\.json: {flag}")
+    for name, value in (("rho", 7), ("rho", "0.7"), ("rho", True), ("rho", math.nan), ("lr", -9), ("lr", 10**400),
+                        ("steps", -1), ("steps", 6.0), ("steps", 10**30), ("preset", "huge"), ("mask", ""),
+                        ("seed", -1), ("seed", None), ("cache", ""), ("cache", "a\0b"), ("cache", "\ud800"),
+                        ("data", " "), ("data", "\0"), ("compile", "yes"), ("checkpointing", 1), ("shard", "no"),
+                        ("clip", math.inf)):
+        check(good | {"config": good["config"] | {name: value}}, expect=rf"run\.json: --{name}")
+    for name, value in (("rho", 0.6), ("steps", 5), ("lr", 2e-3), ("seed", 7), ("data", "/etc/passwd"),
+                        ("preset", "mini"), ("cache", "/etc"), ("score", "snip")):
+        check(good | {"config": good["config"] | {name: value}}, expect=rf"belongs to a run with another {name}")
+    check(good | {"init_secret": "00" * 32}, expect="belongs to a run with another secret")
+    for value in (None, 5, "x", NESTED[0]):
+        check(good | {"tokenizer": value}, expect="belongs to a run with another tokenizer")
+    record.unlink()
+    refused(pmp.main, "--resume", private.parent, expect="holds no run")
+    for put in (record.mkdir, lambda: os.mkfifo(record), *(lambda target=target: record.symlink_to(target)
+                                                           for target in ("run.json", "/dev/zero", "nowhere"))):
+        put()
+        refused(pmp.main, "--resume", private.parent, expect="no regular file|holds no run|cannot use")
+        remove(record)
+
+
+def test_a_foreign_checkpoint_is_refused(private, refused):
+    path = private / "checkpoint.safetensors"
+    tensors, metadata = load_safetensors(path)
+    whole = path.read_bytes()
+    few = {"model.x": torch.ones(3)}
+    path.unlink()
+    for content in (b"", whole[:100], whole[:-1], whole + b"x", *BAD_SAFETENSORS[:20]):
+        path.write_bytes(content)
+        refused(pmp.main, "--resume", private.parent, expect=r"checkpoint\.safetensors (is no|is damaged)")
+    for belongs in (None, "", "x", "5", "[]", "{}", DEEP, '{"rho": 5}', json.dumps(
+            json.loads(metadata["belongs_to"]) | {"secret": "0" * 64})):
+        save_safetensors(path, few, {} if belongs is None else {"belongs_to": belongs})
+        refused(pmp.main, "--resume", private.parent, expect=r"checkpoint\.safetensors (belongs to|is not)")
+    path.unlink()
+    for put in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        put()
+        refused(pmp.main, "--resume", private.parent, expect="no regular file")
+        remove(path)
+
+
+def test_only_one_process_uses_a_folder(private, flags, refused, tmp_path):
+    with Folder(tmp_path / "out"):
+        refused(pmp.main, *flags, "--out", tmp_path / "out", expect="another process is using")
+        refused(pmp.main, "--resume", tmp_path / "out", expect="another process is using")
+    assert not (tmp_path / "out").exists()
+    with Folder(private.parent):
+        refused(pmp.main, "--resume", private.parent, expect="another process is using")
+
+
+def test_secrets_are_written_for_the_owner_alone_whatever_the_umask(tmp_path, monkeypatch):
+    made, mkdir = {}, os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777: (made.update({Path(path).name: mode}), mkdir(path, mode)))
+    before = os.umask(0)
+    try:
+        for umask in (0, 0o077, 0o777):
+            os.umask(umask & 0o077)
+            with Folder(tmp_path / str(umask)) as folder:
+                os.umask(umask)
+                folder.write_record({})
+                folder.save({"x": torch.ones(2)}, {"step": 1}, {})
+                folder.open_log(0)
+                os.umask(0)
+                assert stat.S_IMODE(folder.private.stat().st_mode) == 0o700 == made["private"]
+                assert {path.name: stat.S_IMODE(path.stat().st_mode) & 0o077 for path in folder.private.iterdir()} == {
+                    "run.json": 0, "checkpoint.safetensors": 0, "lock": 0}
+                assert stat.S_IMODE(folder.log.stat().st_mode) & 0o077 == 0
+    finally:
+        os.umask(before)
+
+
+def test_secrets_are_not_written_through_links(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    with Folder(tmp_path / "out") as folder:
+        for path in (folder.record, folder.checkpoint):
+            path.symlink_to(outside)
+        folder.write_record({})
+        folder.save({"x": torch.ones(2)}, {"step": 1}, {})
+        assert folder.record.is_file() and not folder.record.is_symlink() and not folder.checkpoint.is_symlink()
+    for name in ("private", "release"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).symlink_to(tmp_path)
+        with pytest.raises(UserError, match="not a link"), Folder(tmp_path / name):
+            pass
+    assert outside.read_text() == "mine"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path):
+    with Folder(tmp_path / "out") as folder:
+        folder.write_record({})
+    folder.release.mkdir()
+    left = [folder.private / "checkpoint.safetensors.0123abcd.partial", folder.release / "config.json.99999999.partial"]
+    others = [folder.private / "my.partial", folder.private / "x.0123abcd.partial.txt",
+              folder.out / "y.0123abcd.partial"]
+    for path in (*left, *others):
+        path.write_text("x")
+    with folder:
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    for unfit in (path / "below", tmp_path / ("x" * 300), tmp_path / "none" / "x", tmp_path):
+        with pytest.raises(UserError, match="cannot use"), atomic(unfit) as file:
+            file.write(b"new")
+    assert listing(tmp_path) == {path: (stat.S_IFREG | 0o644, b"old")}
+
+
+def test_a_reader_that_leaves_ends_a_run_quietly(flags, tmp_path):
+    process = subprocess.Popen([sys.executable, str(HERE / "pmp.py"), *flags, "--out", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+@pytest.mark.parametrize("script", ["pmp.py", "glue.py"])
+def test_ctrl_c_during_the_imports_prints_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, str(HERE / script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT

@@ -5,7 +5,7 @@
 A document is never truncated, and no token is lost or repeated: block i is tokens i*T … (i+1)*T of the file. The file
 grows in a background thread while training reads what is there already. train.json beside it says how far it is valid;
 it is renamed into place after the data it speaks of are on the disk, so that after `kill -9` at any moment the next
-preparation goes on, and ends with the bytes of an undisturbed one. Beside them window.spool holds the documents of the
+preparation goes on, and ends with the same bytes. Beside them window.spool holds the documents of the
 unfinished window as they arrived, so that none has to be fetched twice.
 """
 
@@ -143,7 +143,7 @@ class PackedFile:
         """Add tokens, then say so, together with the other entries of the state that change with them."""
         data = np.array(ids, np.uint16).tobytes()
         with open(os.open(self.bin, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            file.truncate(2 * self.state["tokens"])  # what a killed process wrote but did not vouch for
+            file.truncate(2 * self.state["tokens"])  # what a killed process wrote without recording it
             file.seek(0, os.SEEK_END)
             file.write(data)
             file.flush()

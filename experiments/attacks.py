@@ -1,4 +1,4 @@
-"""Beyond the paper: what a determined outsider can do. Can he recover the mask? Can he fine-tune without it?
+"""Beyond the paper: what a determined outsider can do. Can the mask be recovered? Can one fine-tune without it?
 
     python experiments/attacks.py --scale laptop
 
@@ -11,6 +11,7 @@ gets back.
 import copy
 import hashlib
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from common import BASE, FULL, LORA, MASKED_FULL, SCRATCH, SEEDS, VARIANTS, Adversary, gradient, markdown, mean_sd, run
 from glue import Settings, default_rate, fit
-from model import initial_value, initialise
+from model import RESIDUAL, initial_value, initialise
 from pmp import MaskedAdamW, iou, random_mask, topk_mask
 
 # -----------------------------------------------------------------------------
@@ -46,6 +47,13 @@ def initial_spread(release):
     """{name: standard deviation of theta(0)}, which is public: any secret will do to measure it."""
     return {name: float(initial_value(release.body, name, p.shape, b"public").std(correction=0))
             for name, p in release.body.named_parameters()}
+
+
+def exact_spread(release):
+    """{name: the standard deviation that theta(0) is drawn with}; 0 where it is a constant."""
+    residual = 0.02 / math.sqrt(2 * len(release.body.blocks()))
+    return {name: 0.0 if not spread else residual if name.endswith(RESIDUAL) else 0.02
+            for name, spread in initial_spread(release).items()}
 
 
 def distance_score(lab, release, bins=200):
@@ -79,12 +87,61 @@ def constant_score(lab, release):
 
 
 def rehearsal_score(lab, release, steps=50, batches=5):
-    """The outsider's own EarlyBird: a warm-up of random weights of his own on the public text, then |gradient|. No
+    """The outsider's own EarlyBird: a warm-up of other random weights on the public text, then |gradient|. No
     weight of the release enters, so what it finds is what any ticket of this architecture and text has in common."""
     body = copy.deepcopy(release.body)
     initialise(body, b"the outsider's own")
     train_on_public_text(lab, body, steps)
     return added_gradients(lab, body, batches)
+
+
+def gap_share(std):
+    """Share of the fp32 numbers with a mantissa of at least that of `std` that are z * std of no fp32 z, if rounded.
+
+    For z in [1, 2) the products step over fp32 numbers while they are below the next power of two: of m, the mantissa
+    of std, numbers they hit one.
+    """
+    return 1 - 0.5 / math.frexp(np.float32(std))[0]
+
+
+def impossible(values, std):
+    """Which fp32 values are z * fl32(std) of no fp32 z, in fp32. theta(0) used to be such products; no frozen weight
+    was ever one of the other values, and a trained one often."""
+    values, std = values.detach().cpu().numpy(), np.float32(std)
+    z = values / std
+    near = [z, np.nextafter(z, np.float32(np.inf)), np.nextafter(z, np.float32(-np.inf))]
+    return torch.from_numpy(~np.any([one * std == values for one in near], axis=0))
+
+
+def lattice_score(lab, release):
+    """Of each entry alone: 1 where it is impossible; where it could have been but is not, less than elsewhere."""
+    scores = {}
+    for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
+        if not std:
+            scores[name] = torch.full(p.shape, 0.5)
+            continue
+        telling = torch.frexp(p.detach().cpu()).mantissa.abs() >= math.frexp(np.float32(std))[0]
+        scores[name] = torch.where(impossible(p, std), 1.0, torch.where(telling, 0.4, 0.5))
+    return scores
+
+
+def pooled_lattice_score(lab, release, rounds=30, rho=0.7):
+    """The same evidence by expectation-maximisation: an entry was trained with the odds of its row times its column."""
+    scores = {}
+    for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
+        scores[name] = torch.full(p.shape, rho)
+        if not std:
+            continue
+        w, gaps = p.detach().cpu(), impossible(p, std)
+        telling = torch.frexp(w).mantissa.abs() >= math.frexp(np.float32(std))[0]
+        missed = torch.where(telling, 1 - gap_share(std), 1.0)  # P(the value is possible | trained)
+        prior = scores[name]
+        for _ in range(rounds):
+            trained = torch.where(gaps, 1.0, prior * missed / (prior * missed + 1 - prior))
+            prior = torch.sigmoid(logit(trained.mean(0, keepdim=True)) + logit(trained.mean(1, keepdim=True))
+                                  - logit(trained.mean()))
+        scores[name] = trained
+    return scores
 
 
 def logit(share):
@@ -117,6 +174,7 @@ def combined_score(lab, release, weight=0.3):
 
 
 CONSTANTS, DISTANCE = "constants that never moved", "distance from theta(0)'s distribution"
+LATTICE = {"lattice, per entry": lattice_score, "lattice, with rows and columns": pooled_lattice_score}
 SCORES = {
     **{f"gradient, {n} batch{'es' * (n > 1)}": partial(gradient_score, batches=n) for n in (1, 10, 100)},
     "weight magnitude": magnitude_score,
@@ -125,6 +183,7 @@ SCORES = {
     CONSTANTS: constant_score,
     "own EarlyBird": rehearsal_score,
     "combined": combined_score,
+    **LATTICE,
     "random": lambda lab, release: {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p.device)
                                     for name, p in release.body.named_parameters()},
 }
@@ -158,9 +217,9 @@ def auc(positive, negative, points=2**20):
     return float((below + upto) / (2 * len(negative)))
 
 
-def recovery(lab, name, seed):
-    """{"auc", "iou"} of a score against the true mask of pmp-SEED."""
-    release = lab.release("pmp", seed)
+def recovery(lab, name, seed, variant="pmp"):
+    """{"auc", "iou"} of a score against the true mask of a model, VARIANT-SEED."""
+    release = lab.release(variant, seed)
     scores, masks = score_of(lab, release, name), release.masks
     flat = torch.cat([scores[key].flatten() for key in masks])
     true = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
@@ -361,6 +420,11 @@ def recoveries(lab):
     for name in SCORES:
         found = lab.each("recovery", {"attack": name}, partial(recovery, lab, name))
         rows.append([name, mean_sd([result["auc"] for result in found]), mean_sd([result["iou"] for result in found])])
+    for name in LATTICE:  # the positive control: it must find what was there
+        found = lab.once("recovery", {"attack": name, "model": "old", "pretrain_seed": 0},
+                         partial(recovery, lab, name, 0, "old"))
+        if found:
+            rows.append([f"{name}: on the old theta(0)", f"{found['auc']:.2f}", f"{found['iou']:.2f}"])
     for name, variant, secret in (
             ("replay, the seed is known", "seeded", b"init-seed 42"),
             ("replay, another seed", "seeded", b"init-seed 43"),

@@ -11,13 +11,16 @@ knows its model, not what you change in SCALES or in an adversary: after that, n
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,9 +35,9 @@ from data.standin import standin  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from glue import (CACHE, TASKS, Settings, default_rate, encode_task, fetch, finetune, fit,  # noqa: E402
                   mean_and_sd, prepare_model)
-from model import FAMILIES  # noqa: E402
+from model import FAMILIES, RESIDUAL, initial_value, secret_generator  # noqa: E402
 from pmp import MaskedAdamW, load_mask  # noqa: E402
-from runtime.console import Parser, command_line  # noqa: E402
+from runtime.console import Parser, command_line, flag_name  # noqa: E402
 from runtime.files import Results, UserError, lock  # noqa: E402
 from runtime.huggingface import load_folder  # noqa: E402
 from runtime.machine import Machine  # noqa: E402
@@ -79,6 +82,7 @@ VARIANTS = {  # how the models of a scale are pre-trained
     "dense": {"rho": 1.0}, "pmp": {"rho": 0.7}, "random": {"rho": 0.7, "mask": "random"},
     "mean": {"rho": 0.7, "score": "mean"}, "seeded": {"rho": 0.7, "init_seed": 42},
     **{f"rho{rho}": {"rho": rho} for rho in (0.9, 0.8, 0.6, 0.5)},
+    "old": {"rho": 0.7},  # with theta(0) as it was drawn before: see old_initial_value
 }
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
 COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "chance": "#888888", "train": "#7fb2d9",
@@ -102,7 +106,7 @@ class Adversary:
     method: str = "full"  # of glue.py
     settings: dict = field(default_factory=dict)  # of glue.Settings
     authorised: bool = False  # has the mask
-    mask: object = None  # (lab, Release) -> the {name: bool mask} that he trains inside of
+    mask: object = None  # (lab, Release) -> the {name: bool mask} to train inside of
     change: object = None  # (lab, Release, body) does something to the weights first
     optimizer: object = MaskedAdamW
     rate: float = 1.0  # what the learning rates are multiplied by
@@ -221,6 +225,27 @@ def adapt(body, data, method, seed, settings, machine, masks=None, make_optimize
     history, updates, diverged = fit(text, optimizer, settings.lr, settings, machine)
     best = max(history, key=lambda metrics: metrics["accuracy"])
     return {"scores": {"docs": {"last": history[-1], "best": best}}, "updates": updates, "diverged": diverged}, body
+
+
+# -----------------------------------------------------------------------------
+# theta(0) as it was drawn before: the positive control of the attack on its bits
+
+
+def old_initial_value(network, name, shape, secret):
+    """theta(0) as the product of two fp32 numbers, which leaves gaps between its values."""
+    new = initial_value(network, name, shape, secret)
+    if not new.std(correction=0):
+        return new  # a constant
+    std = 0.02 / math.sqrt(2 * len(network.blocks())) if name.endswith(RESIDUAL) else 0.02
+    draw = secret_generator(secret, name).standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(draw).mul_(std).add_(0.0)
+
+
+@contextmanager
+def old_theta_0():
+    """Inside the block, pmp.py draws theta(0) as it did before."""
+    with mock.patch("model.initial_value", old_initial_value), mock.patch("pmp.initial_value", old_initial_value):
+        yield
 
 
 # -----------------------------------------------------------------------------
@@ -352,11 +377,13 @@ class Lab:
 
     def pretrain(self, variant, seed, out):
         if (out / "private" / "run.json").exists():
-            return pmp.main(["--resume", str(out), "--device", self.device])
+            with old_theta_0() if variant == "old" else nullcontext():
+                return pmp.main(["--resume", str(out), "--device", self.device])
         flags = {**self.flags, **VARIANTS[variant], "seed": seed, "out": out, "device": self.device}
-        if variant == "seeded":
+        if variant in ("seeded", "old"):
             flags |= {"steps": self.scale.seeded_steps, "warmup": 1, "val_every": self.scale.seeded_steps}
-        pmp.main([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
+        with old_theta_0() if variant == "old" else nullcontext():
+            pmp.main([word for name, value in flags.items() for word in (flag_name(name), str(value))])
 
     @cached_property
     def text(self):
@@ -482,7 +509,7 @@ class Lab:
         return max(tried, key=lambda choice: accuracy(tried[choice]))
 
     def scores(self, variant, task, adversary, count=SEEDS, column=None):
-        """The accuracies of an adversary at the setting that his search chose, over `count` pairs of seeds.
+        """The accuracies of an adversary at the setting that its search chose, over `count` pairs of seeds.
 
         Runs what is missing; shorter than `count` while another process is at work on it.
         """

@@ -254,6 +254,33 @@ def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(nano):
                 lab.release("pmp").body.named_parameters())[name] == 1)).all()
 
 
+def test_the_bits_of_a_weight_do_not_tell_who_was_trained(nano, flags, models, tmp_path):
+    """The share of impossible values is the same inside and outside of the ticket, for each std; once it was not."""
+    with common.old_theta_0():
+        pmp.main([*flags, "--out", str(models / "old-0")])
+    lab = lab_of(nano)
+    for variant in ("old", "pmp"):
+        release = lab.release(variant)
+        kinds = {}
+        for (name, p), std in zip(release.body.named_parameters(), attacks.exact_spread(release).values()):
+            if std:
+                gaps, mask = attacks.impossible(p, std), release.masks[name]
+                inside, outside = kinds.setdefault(std, ([], []))
+                inside.append(gaps[mask])
+                outside.append(gaps[~mask])
+        assert len(kinds) == 2
+        for parts in kinds.values():
+            inside, outside = (torch.cat(part).double() for part in parts)
+            if variant == "old":
+                assert outside.sum() == 0 and inside.mean() > 0.03
+            else:
+                error = (inside.mean() * (1 / len(inside) + 1 / len(outside))).sqrt()
+                assert abs(inside.mean() - outside.mean()) < 5 * error and outside.mean() > 0.03
+    found = attacks.recovery(lab, "lattice, with rows and columns", 0, "old")
+    assert found["auc"] > 0.7
+    assert abs(attacks.recovery(lab, "lattice, with rows and columns", 0)["auc"] - 0.5) < 0.1
+
+
 def test_the_release_folder_holds_nothing_of_the_mask_and_the_check_can_fail(nano, tmp_path, models):
     lab = lab_of(nano)
     leak = attacks.leak(lab)

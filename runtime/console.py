@@ -3,14 +3,18 @@
 import argparse
 import json
 import os
+import reprlib
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import field, fields
 
-from .files import UserError
+from .files import UserError, is_name
 from .parallel import launcher, leave_ranks, lost_rank, rank
+
+LONGEST = 1000  # characters of a message
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
@@ -67,19 +71,28 @@ def check_fields(settings):
         value, choices = getattr(settings, f.name), f.metadata["choices"]
         allowed = (int, float) if f.type is float else (f.type,)
         fits = type(value) in allowed or value is None and f.default is None
-        require(fits, f"{flag_name(f.name)} {value!r} is no {f.type.__name__}")
-        require(not choices or value in choices, f"{flag_name(f.name)} {value!r} is none of {', '.join(choices or ())}")
-        require(value != "" and (f.type is not str or value.strip()), f"{flag_name(f.name)} is empty: give it a value")
+        start = f"{flag_name(f.name)} {reprlib.repr(value)}"  # shortened: a file can hold a value of any depth
+        require(fits, f"{start} is no {f.type.__name__}")
+        require(type(value) is not int or abs(value) < 2**63, f"{start} is too large")
+        require(not choices or value in choices, f"{start} is none of {', '.join(choices or ())}")
+        require(f.type is not str or is_name(value), f"{start} is empty or has characters that no name can have")
+
+
+def one_line(text):
+    """A message as one printable line of bearable length, whatever names and values of strange files are in it."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
 
 
 def command_line(main):
     """Run main(): what a user can fix is one sentence and exit code 2; Ctrl-C is exit code 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program may have turned it off for its imports
     try:
         main()
         sys.stdout.flush()
         return
     except UserError as error:
-        text, code = f"{error.start}: {error}", error.code
+        text, code = f"{error.start}: {one_line(str(error))}", error.code
     except BrokenPipeError:  # the reader of a pipe has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's exit has nothing to say
         text, code = "", 141  # as if SIGPIPE had ended the process

@@ -29,12 +29,12 @@ class Stopped(UserError):
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNFIT_PATH = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
-              errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
+              errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ENOMEM)
 
 
 @contextmanager
 def disk_errors(path):
-    """Raise a UserError for a full disk, and for a path that is missing, forbidden or of another kind.
+    """Raise a UserError for a full disk, and for a path that is missing, forbidden, of another kind or too large.
 
     Other errors pass: those of the network are OSErrors, too.
     """
@@ -59,18 +59,19 @@ def atomic(path, mode=0o644):
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with disk_errors(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with open(os.open(partial, flags, mode), "wb") as file:
-                os.fchmod(file.fileno(), mode)  # whatever the umask says
+    with disk_errors(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        number = os.open(partial, flags, mode)
+        try:
+            with open(number, "wb") as file:
+                os.fchmod(number, mode)  # whatever the umask says
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(number)
             os.replace(partial, path)
             sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
@@ -82,8 +83,9 @@ def sync_folder(folder):
 
 def remove_partials(folder):
     """Delete what killed processes left half written in a folder. Only its owner may: see `lock`."""
-    for path in Path(folder).glob("*.partial"):
-        path.unlink(missing_ok=True)
+    with disk_errors(folder):
+        for path in Path(folder).glob("*." + 8 * "[0-9a-f]" + ".partial"):  # as atomic() names them, no one else's
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -107,6 +109,16 @@ def lock(path):
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
+LARGEST_JSON = 100_000_000  # bytes
+
+
+def is_name(text):
+    """Whether a string can name a file: it is not blank, has no NUL, and the system can spell it."""
+    try:
+        return bool(text.strip()) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character, as JSON can have it
+        return False
+
 
 def open_regular(path):
     """Open a regular file to read bytes. Raises UserError where it is missing, a folder, a pipe or a device."""
@@ -119,7 +131,7 @@ def open_regular(path):
 def parse_json(content, where, fix="restore it from a copy"):
     """The JSON object in `content` (bytes or str). Raises UserError with `where` and `fix` for anything else."""
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError):  # the latter: nested too deeply
         raise UserError(f"{where} is not JSON: {fix}") from None
     if not isinstance(found, dict):
@@ -127,9 +139,19 @@ def parse_json(content, where, fix="restore it from a copy"):
     return found
 
 
+def without_repeats(pairs):
+    """The dict of a JSON object's pairs. Raises ValueError where a key comes twice: readers would not agree on it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
 def read_json(path):
     """The JSON object in a file. Raises UserError where there is none."""
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than any file of its kind: restore it from a copy")
         return parse_json(file.read(), path)
 
 
@@ -142,34 +164,49 @@ def write_json(path, content, mode=0o644):
 # ---- results: one JSON object a line -------------------------------------------------------------------------------
 
 
+def without_torn_end(content):
+    """The lines in `content` (bytes), each with its end, but for a last one that is the mere beginning of an object."""
+    whole, newline, last = content.rpartition(b"\n")
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        if not last or last.startswith(b"{"):
+            return whole + newline
+    return content + b"\n"
+
+
 class Results:
     """A file of results that several processes may share: one JSON object a line, written whole."""
 
     def __init__(self, path):
         """path: the .jsonl file, which need not exist yet. Raises UserError where its folder does not."""
         self.path = Path(path)
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise UserError(f"there is no folder {self.path.parent} for {self.path.name}: make it first")
 
     def read(self):
-        """The list of results. A last line without its end, left by a killed process, is cut off.
+        """The list of results; nothing is written. A last line that a killed process left half written is none.
 
         Raises UserError where a line is not a JSON object.
         """
-        if not self.path.exists():
-            return []
+        with disk_errors(self.path):
+            try:
+                os.lstat(self.path)  # a link to nowhere is there, too, and is refused below
+            except FileNotFoundError:
+                return []
         with open_regular(self.path) as file, self._alone(file):
-            whole, newline, torn = file.read().rpartition(b"\n")
-            if torn:
-                with disk_errors(self.path):
-                    os.truncate(self.path, len(whole) + len(newline))
+            content = file.read()
         return [parse_json(line, f"{self.path}, line {number}", "fix that line, or name another file")
-                for number, line in enumerate(whole.splitlines(), 1)]
+                for number, line in enumerate(without_torn_end(content).splitlines(), 1)]
 
     def append(self, result):
-        """Add one result (a dict), whole and synced."""
-        with disk_errors(self.path), open(self.path, "ab") as file, self._alone(file):
-            file.write(json.dumps(result).encode() + b"\n")
+        """Add one result (a dict), whole and synced, in the place of a half-written last line."""
+        with disk_errors(self.path), open(self.path, "a+b") as file, self._alone(file):
+            file.seek(0)
+            content = file.read()
+            whole = without_torn_end(content)
+            file.truncate(min(len(whole), len(content)))
+            file.write(whole[len(content):] + json.dumps(result).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

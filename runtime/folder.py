@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
-from .files import UserError, disk_errors, lock, read_json, remove_partials, write_json
+from .files import UserError, disk_errors, is_name, lock, parse_json, read_json, remove_partials, write_json
 from .parallel import any_rank, from_first, rank
 from .safetensors import load_safetensors, save_safetensors
 
@@ -24,14 +25,15 @@ class Folder:
 
     def __init__(self, out):
         """out: path. Raises UserError where it cannot be a run's folder."""
-        if not str(out).strip():
-            raise UserError("the name of the run's folder is empty: give --out or --resume a name")
+        if not is_name(str(out)):
+            raise UserError("the name of the run's folder is empty or none: give --out or --resume a name")
         self.out = Path(out)
         self.private = self.out / "private"
         self.release = self.out / "release"
         self.record = self.private / "run.json"
         self.checkpoint = self.private / "checkpoint.safetensors"
         self.log = self.out / "log.jsonl"
+        self.lock = self.private / "lock"
 
     def __enter__(self):
         from_first(self._acquire)
@@ -39,34 +41,43 @@ class Folder:
 
     def __exit__(self, *error):
         if rank() == 0:
-            self._give_back()
+            self._undo.close()
 
     def _acquire(self):
-        with disk_errors(self.out):
-            self.created = [folder for folder in (self.private, *self.private.parents) if not folder.exists()]
-            if self.out.exists() and not self.out.is_dir():
-                raise UserError(f"{self.out} is a file: name a folder")
-            if self.private.is_symlink() or self.private.exists() and not self.private.is_dir():
-                raise UserError(f"{self.private} must be a folder of its own, not a link or a file: remove it")
-            if self.log.exists() and not self.log.is_file():
-                raise UserError(f"{self.log} must be a file: remove it")
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.private.mkdir(mode=0o700, exist_ok=True)
-            self.private.chmod(0o700)
-        self._lock = lock(self.private / "lock")
-        if not self._lock.__enter__():
-            self._lock.__exit__(None, None, None)
-            raise UserError(f"another process is using {self.out}: wait for it, or name another folder")
-        remove_partials(self.private)
+        with ExitStack() as undo:
+            with disk_errors(self.out):
+                self._check_kinds()
+                self.created = [path for path in (self.lock, *self.lock.parents) if not os.path.lexists(path)]
+                undo.callback(self._remove_created)
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.private.mkdir(mode=0o700, exist_ok=True)
+                if self.private in self.created or self.record.exists():  # and not somebody else's folder
+                    self.private.chmod(0o700)
+            if not undo.enter_context(lock(self.lock)):
+                self.created = []  # the other process needs them
+                raise UserError(f"another process is using {self.out}: wait for it, or name another folder")
+            undo.callback(self._remove_created)  # again, and then before the lock is given back
+            remove_partials(self.private)
+            remove_partials(self.release)
+            self._undo = undo.pop_all()
 
-    def _give_back(self):
-        """Give the lock back. A folder that holds no run is left as it was found."""
-        if not self.record.exists():
-            (self.private / "lock").unlink(missing_ok=True)
-            for folder in self.created:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        self._lock.__exit__(None, None, None)
+    def _check_kinds(self):
+        """Raise UserError where a link could lead what is written elsewhere, or a file stands where a folder must."""
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file: name a folder")
+        for path, fits, kind in ((self.private, Path.is_dir, "folder"), (self.release, Path.is_dir, "folder"),
+                                 (self.log, Path.is_file, "file")):
+            if path.is_symlink() or path.exists() and not fits(path):
+                raise UserError(f"{path} must be a {kind} of its own, not a link or anything else: remove it")
+
+    def _remove_created(self):
+        """Leave a folder that holds no run as it was found."""
+        for path in self.created if not os.path.exists(self.record) else ():
+            if path == self.lock and os.path.lexists(path):
+                path.unlink()
+            elif os.path.isdir(path) and not any(path.iterdir()):
+                path.rmdir()
+        self.created = []
 
     # ---- what the run is ----
 
@@ -77,7 +88,7 @@ class Folder:
                 raise UserError(f"{self.out} already holds a run: continue it with --resume {self.out}, or name "
                                 "another --out")
             found = [*self.private.iterdir(), *self.out.iterdir()]
-            if strange := [path for path in found if path not in (self.private, self.private / "lock")]:
+            if strange := [path for path in found if path not in (self.private, self.lock)]:
                 raise UserError(f"{self.out} is not empty, it holds {strange[0].name}: name another --out")
         from_first(check)
 
@@ -97,9 +108,9 @@ class Folder:
     def save(self, tensors, state, identity):
         """Replace the checkpoint. All of it is secret.
 
-        tensors: {name: tensor}; state: {str: str}; identity: dict of JSON values, what the checkpoint belongs to.
+        tensors: {name: tensor}; state: {str: int}; identity: dict of JSON values, what the checkpoint belongs to.
         """
-        metadata = {**state, "belongs_to": json.dumps(digests(identity))}
+        metadata = {key: str(number) for key, number in state.items()} | {"belongs_to": json.dumps(digests(identity))}
         save_safetensors(self.checkpoint, tensors, metadata, mode=0o600)
 
     def load(self, identity):
@@ -109,13 +120,12 @@ class Folder:
         """
         if not from_first(self.checkpoint.exists):
             return {}, {}
-        tensors, state = load_safetensors(self.checkpoint)
-        theirs = json.loads(state.get("belongs_to", "{}"))
-        ours = digests(identity)
+        tensors, metadata = load_safetensors(self.checkpoint)
+        theirs, ours = parse_json(metadata.get("belongs_to", "{}"), self.checkpoint), digests(identity)
         if differing := [key for key in ours if theirs.get(key) != ours[key]]:
             raise UserError(f"{self.checkpoint} belongs to a run with another {differing[0]}: restore {self.record}, "
                             "or start a new run with another --out")
-        return tensors, state
+        return tensors, {key: int(text) for key, text in metadata.items() if text.isdecimal()}
 
     def open_log(self, size):
         """The path of the log, cut to `size` bytes: what came after the checkpoint comes again. None on other ranks."""

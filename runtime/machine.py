@@ -20,7 +20,7 @@ class Machine:
         try:
             self.device = torch.device(device)
             torch.ones(1, device=self.device).item()  # "meta" has no values
-        except (RuntimeError, AssertionError, NotImplementedError):
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError):
             raise UserError(f"--device {device} is not available here: use cpu, or leave the flag out") from None
         if self.device.type == "cuda" and world() > 1:
             torch.cuda.set_device(self.device)  # where NCCL, too, finds this rank's tensors

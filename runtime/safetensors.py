@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 import struct
 import zlib
 
@@ -15,6 +17,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
+MOST_DIMENSIONS = 64
 
 
 def raw_bytes(tensor):
@@ -63,19 +66,17 @@ def load_safetensors(path):
     """
     unfit = UserError(f"{path} is no safetensors file, or is damaged: restore it from a copy")
     with disk_errors(path), open_regular(path) as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise unfit
-        content = np.memmap(path, np.uint8, "c")  # copy on write: the file stays as it is, whatever becomes of a tensor
-    begin = 8 + struct.unpack("<Q", start)[0]
-    if begin > min(len(content), LARGEST_HEADER):
-        raise unfit
-    try:
-        header = parse_json(content[8:begin].tobytes(), path)
-        metadata = header.pop("__metadata__", {})
-        check_header(header, metadata, len(content) - begin)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise unfit from None
+        size = os.fstat(file.fileno()).st_size
+        try:
+            begin = 8 + struct.unpack("<Q", file.read(8))[0]
+            if begin > min(size, LARGEST_HEADER):
+                raise unfit
+            header = parse_json(file.read(begin - 8), path)
+            metadata = header.pop("__metadata__", {})
+            check_header(header, metadata, size - begin)
+        except (UserError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+            raise unfit from None
+        content = np.memmap(file, np.uint8, "c")  # copy on write: the file stays as it is, whatever becomes of a tensor
     data = torch.from_numpy(content[begin:])
     if "crc32" in metadata and zlib.crc32(data.numpy()) != int(metadata["crc32"]):
         raise UserError(f"{path} is damaged (its checksum is wrong): restore it from a copy")
@@ -96,14 +97,14 @@ def check_header(header, metadata, size):
     """
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
-        numbers = [*entry["shape"], *entry["data_offsets"]]
-        if any(type(number) is not int or number < 0 for number in numbers) or len(entry["data_offsets"]) != 2:
+        shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+        if type(shape) is not list or len(shape) > MOST_DIMENSIONS:
+            raise ValueError("a shape is a short list")
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in (*shape, begin, stop)):
             raise ValueError("shapes and offsets are natural numbers")
-        begin, stop = entry["data_offsets"]
-        elements = 1
-        for length in entry["shape"]:
-            elements *= length
-        if begin != end or stop - begin != elements * DTYPES[entry["dtype"]].itemsize:
+        if math.prod(length or 1 for length in shape) >= 2**63:  # torch cannot count so far, empty tensor or not
+            raise ValueError("a shape is too large")
+        if begin != end or stop - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
             raise ValueError("a tensor's bytes are not where they must be")
         end = stop
     if end != size:
