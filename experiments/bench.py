@@ -136,14 +136,20 @@ def main():
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
     masks = random_mask(params, int(0.7 * d), b"bench")
-    compiled, notes = copy.deepcopy(model), []
-    machine.compile(compiled, batch, notes.append)
+    notes = []
+
+    def compiled():
+        """A copy of the model, compiled: a copy of a compiled one would not be."""
+        fresh = copy.deepcopy(model)
+        machine.compile(fresh, batch, notes.append)
+        return fresh
+
     updates = {
         "dense, eager": trainer(copy.deepcopy(model), machine, batch),
         "masked, eager": trainer(copy.deepcopy(model), machine, batch, masks),
-        "dense, compiled": trainer(copy.deepcopy(compiled), machine, batch),
-        "masked, compiled": trainer(copy.deepcopy(compiled), machine, batch, masks),
-        "EarlyBird, compiled": trainer(copy.deepcopy(compiled), machine, batch, bird=EarlyBird(0.99, 5)),
+        "dense, compiled": trainer(compiled(), machine, batch),
+        "masked, compiled": trainer(compiled(), machine, batch, masks),
+        "EarlyBird, compiled": trainer(compiled(), machine, batch, bird=EarlyBird(0.99, 5)),
     }
     try:
         updates["transformers, fp32, eager"] = transformers_trainer(model, batch)
