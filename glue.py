@@ -862,7 +862,7 @@ def main(argv=None):
     machine = Machine(args.device, args.dtype)
     results = Results(args.results)
     # what is wrong with it shows before anything is downloaded, and so does the release's
-    check_results(from_first(results.read), args.results)
+    from_first(lambda: check_results(results.read(), args.results))
     release = first_then_others(partial(Release, args.release, args.mask))
     positions = release.body.max_positions
     require(settings.max_length <= positions,

@@ -2600,6 +2600,18 @@ def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(finished, standin, t
     assert results.read_bytes() == before and "seed 0:" not in capsys.readouterr().out
 
 
+def test_two_processes_on_one_results_file_do_each_run_once(finished, standin, tmp_path):
+    flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "cola", "--method", "base", "full",
+                  "--seed", "0", "1")
+    processes = [subprocess.Popen([sys.executable, str(HERE / "glue.py"), *flags], stdout=subprocess.PIPE, text=True)
+                 for _ in range(2)]
+    texts = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    runs = [(r["task"], r["method"], r["seed"]) for r in map(json.loads, open(tmp_path / "glue.jsonl"))]
+    assert len(runs) == len(set(runs)) == 8
+    assert sum(text.count("best epoch") for text in texts) == 8
+
+
 def test_two_ranks_share_a_sweep(finished, standin, tmp_path):
     flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "qnli", "--method", "base", "full")
     result = subprocess.run([*TORCHRUN, "--nproc-per-node=2", str(HERE / "glue.py"), *flags], capture_output=True,

@@ -421,7 +421,7 @@ def recoveries(lab):
         found = lab.each("recovery", {"attack": name}, partial(recovery, lab, name))
         rows.append([name, mean_sd([result["auc"] for result in found]), mean_sd([result["iou"] for result in found])])
     for name in LATTICE:  # the positive control: it must find what was there
-        found = lab.once("recovery", {"attack": name, "model": "old", "pretrain_seed": 0},
+        found = lab.once("control", {"attack": name, "model": "old", "pretrain_seed": 0},
                          partial(recovery, lab, name, 0, "old"))
         if found:
             rows.append([f"{name}: on the old theta(0)", f"{found['auc']:.2f}", f"{found['iou']:.2f}"])

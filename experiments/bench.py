@@ -5,6 +5,9 @@
 Machines are noisy, so what is compared alternates inside one process and the result is a ratio of medians. One JSON
 line goes to experiments/results/bench.jsonl. Where transformers is installed, the same shape is trained with it too: in
 fp32 and eager, as most people start, and with bf16, torch.compile and a fused AdamW, which is the strongest.
+
+    python experiments/bench.py --finetune             rows/s of glue.py and of the same loop with transformers and peft
+    python experiments/bench.py --data TEXT.jsonl.xz   MB/s of tokenizing and packing a file
 """
 
 import argparse
@@ -13,17 +16,25 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+import glue  # noqa: E402
 from common import hardware  # noqa: E402
+from data.pack import prepare  # noqa: E402
+from data.sources import open_source  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
 from model import build, initialise  # noqa: E402
 from pmp import PRESETS, Config, EarlyBird, MaskedAdamW, random_mask, topk_mask  # noqa: E402
 from runtime.files import Results  # noqa: E402
-from runtime.huggingface import config_to_dict  # noqa: E402
+from runtime.huggingface import config_to_dict, save_folder  # noqa: E402
 from runtime.machine import Machine  # noqa: E402
 from runtime.training import timed  # noqa: E402
 
@@ -95,6 +106,91 @@ def early_bird(entries, rounds, device):
     return alternate({"ours": lambda: topk_mask(scores, k), "torch.topk": by_sorting}, rounds, warm=0)
 
 
+def finetuning(machine, shape, rounds):
+    """rows/s of eight updates of 32 rows with each method, ours and transformers', on the same batches."""
+    import peft
+    import transformers
+
+    rng = np.random.default_rng(0)
+    lengths = rng.normal(45, 25, 1600).clip(5, 128).astype(int)
+    rows = [(rng.integers(shape.vocab_size, size=length).tolist(), int(rng.integers(2))) for length in lengths]
+    body = build(shape)
+    initialise(body, b"bench")
+    params, settings = dict(body.named_parameters()), glue.Settings()
+    masks = random_mask(params, int(0.7 * sum(p.numel() for p in params.values())), b"bench")
+    batches = glue.group_by_length(lengths.tolist(), 32, [0, 0])[:8]
+
+    def ours(method, masks=None):
+        model, trained, masks = glue.prepare_model(copy.deepcopy(body), method, 2, masks, 0, settings)
+        task = glue.Rows(model.to(machine.device), "rte", {"train": rows}, 0, settings, machine)
+        optimizer = MaskedAdamW(trained, masks, settings.weight_decay, (0.9, 0.999))
+
+        def updates():
+            for chosen in batches:
+                with machine.autocast():
+                    loss = task.loss(chosen)
+                loss.backward()
+                optimizer.step(1e-5, 1.0)
+        return updates
+
+    def theirs(method, bf16):
+        with tempfile.TemporaryDirectory() as folder:
+            save_folder(folder, body)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        if method == "lora":
+            targets = ["c_attn"] if body.model_type == "gpt2" else ["q_proj", "v_proj"]
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=targets))
+        model.to(machine.device).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=bf16)
+
+        def updates():
+            for chosen in batches:
+                idx, lengths = glue.pad([rows[i][0] for i in chosen], machine.device)
+                mask = torch.arange(idx.size(1), device=machine.device) < lengths[:, None]
+                labels = torch.tensor([rows[i][1] for i in chosen], device=machine.device)
+                with torch.autocast(machine.device.type, torch.bfloat16, enabled=bf16):
+                    loss = model(input_ids=idx.masked_fill(~mask, shape.vocab_size - 1), attention_mask=mask.long(),
+                                 labels=labels).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return updates
+
+    tasks = {}
+    for method in ("full", "lora"):
+        tasks |= {method: ours(method), f"{method} + mask": ours(method, masks),
+                  f"transformers, {method}, fp32": theirs(method, False),
+                  f"transformers, {method}, bf16, fused": theirs(method, True)}
+    median = {name: statistics.median(values) for name, values in alternate(tasks, rounds).items()}
+    count = sum(map(len, batches))
+    return {"rows_per_s": {name: round(count / value) for name, value in median.items()},
+            "times_faster": {method: {name: round(value / median[method], 2) for name, value in median.items()
+                                      if name.startswith("transformers") and method in name}
+                             for method in ("full", "lora")}}
+
+
+def packing(path):
+    """MB/s of preparing a text file with GPT-2's tokenizer in a fresh cache, and tiktoken's share of the time."""
+    spent = [0.0]
+
+    def counted(tokenizer, texts, encode=Tokenizer.encode_many):
+        began = time.perf_counter()
+        ids = encode(tokenizer, texts)
+        spent[0] += time.perf_counter() - began
+        return ids
+
+    with tempfile.TemporaryDirectory() as cache, mock.patch.object(Tokenizer, "encode_many", counted):
+        began = time.perf_counter()
+        _, train, _ = prepare(path, "gpt2", 10**12, cache=cache)
+        while not train.file.state["done"]:
+            train.stream.want(10**12)
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+    size = sum(len(text.encode()) for _, text in open_source(path).documents("train")) / 1e6
+    return {"mb": round(size, 1), "mb_per_s": round(size / seconds, 1), "tokenizer_share": round(spent[0] / seconds, 2)}
+
+
 def peak_memory(preset, masked):
     """Bytes a parameter that two updates (of one short sequence, so that activations stay small) add at their peak to a
     fresh process."""
@@ -124,10 +220,20 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15, help="timed updates of each kind")
     parser.add_argument("--entries", type=int, default=100_000_000, help="gradient entries in the EarlyBird timing")
+    parser.add_argument("--finetune", action="store_true", help="measure fine-tuning alone")
+    parser.add_argument("--data", help="measure tokenizing and packing of this text file alone")
     parser.add_argument("--memory", choices=("dense", "masked"), help="measure memory alone, in this process")
     args = parser.parse_args()
     if args.memory:
         return peak_memory(args.preset, args.memory == "masked")
+    (HERE / "results").mkdir(exist_ok=True)
+    results = Results(HERE / "results" / "bench.jsonl")
+    if args.finetune or args.data:
+        found = packing(args.data) if args.data else finetuning(Machine(), PRESETS[args.preset].shape, args.rounds)
+        what = "packing text" if args.data else f"fine-tuning {args.preset}"
+        result = {"what": what, "hardware": hardware(Machine()), **found}
+        results.append(result)
+        return print(json.dumps(result, indent=2))
 
     machine, shape = Machine(), PRESETS[args.preset].shape
     batch = torch.randint(shape.vocab_size, (args.batch_size, Config.block_size), device=machine.device)
@@ -136,14 +242,20 @@ def main():
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
     masks = random_mask(params, int(0.7 * d), b"bench")
-    compiled, notes = copy.deepcopy(model), []
-    machine.compile(compiled, batch, notes.append)
+    notes = []
+
+    def compiled():
+        """A copy of the model, compiled: a copy of a compiled one would not be."""
+        fresh = copy.deepcopy(model)
+        machine.compile(fresh, batch, notes.append)
+        return fresh
+
     updates = {
         "dense, eager": trainer(copy.deepcopy(model), machine, batch),
         "masked, eager": trainer(copy.deepcopy(model), machine, batch, masks),
-        "dense, compiled": trainer(copy.deepcopy(compiled), machine, batch),
-        "masked, compiled": trainer(copy.deepcopy(compiled), machine, batch, masks),
-        "EarlyBird, compiled": trainer(copy.deepcopy(compiled), machine, batch, bird=EarlyBird(0.99, 5)),
+        "dense, compiled": trainer(compiled(), machine, batch),
+        "masked, compiled": trainer(compiled(), machine, batch, masks),
+        "EarlyBird, compiled": trainer(compiled(), machine, batch, bird=EarlyBird(0.99, 5)),
     }
     try:
         updates["transformers, fp32, eager"] = transformers_trainer(model, batch)
@@ -174,8 +286,7 @@ def main():
         "topk_entries": args.entries,
         "topk_s": {name: round(statistics.median(values), 3) for name, values in ticket.items()},
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    Results(HERE / "results" / "bench.jsonl").append(result)
+    results.append(result)
     print(json.dumps(result, indent=2))
 
 

@@ -146,7 +146,7 @@ def test_figures_5_and_6_and_the_proposition_look_where_they_say(nano, drawn, mo
     monkeypatch.setattr(common, "SEEDS", 1)
     monkeypatch.setattr(figure5, "DIRECTIONS", 2)
     monkeypatch.setattr(proposition1, "BATCHES", 2)
-    monkeypatch.setattr(proposition1, "SIZES", [1e-5, 1e-3])
+    monkeypatch.setattr(proposition1, "SIZES", [1e-6, 1e-3])  # 1e-5 is not always a small step
     lab = lab_of(nano)
     text = lab.held_out()[:2]
     monkeypatch.setattr(lab, "held_out", lambda: text)

@@ -20,11 +20,11 @@ def float_pieces(tensor, mask):
     """Slices of `tensor` with the same slices of `mask` as 0.0 and 1.0, in one scratch buffer that is used again.
 
     A product of float and bool is 15 times slower than one of floats on a CPU; a float mask would take four bytes a
-    parameter instead of one.
+    parameter instead of one. As bytes the mask is converted in a third of the time.
     """
     scratch = torch.empty(min(PIECE, local(tensor).numel()), dtype=tensor.dtype, device=tensor.device)
     for x, m in pieces(tensor, mask):
-        yield x, scratch[: len(x)].copy_(m)
+        yield x, scratch[: len(x)].copy_(m.view(torch.uint8))
 
 
 @torch.no_grad()
