@@ -73,7 +73,7 @@ class Config:
     out: str = flag("out", "folder of the run: OUT/release is for publication, OUT/private stays with you")
     mask: str = flag("earlybird", "how the ticket is found; random is the paper's ablation", ("earlybird", "random"))
     score: str = flag("batch", "what EarlyBird ranks: |gradient| of the step's mini-batch (eq. 2), its running mean, "
-                      "|weight|, or |gradient * weight|", ("batch", "mean", "magnitude", "snip"))
+                      "|weight|, or |gradient * weight|", lambda: tuple(SCORES))
     eb_steps: int = flag(500, "EarlyBird warm-up steps at most (t_EB)")
     eb_iou: float = flag(0.99, "IoU of consecutive masks that counts as stable")
     eb_patience: int = flag(5, "consecutive stable steps that end the warm-up")

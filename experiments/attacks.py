@@ -125,7 +125,7 @@ def lattice_score(lab, release):
     return scores
 
 
-def pooled_lattice_score(lab, release, rounds=30, rho=0.7):
+def pooled_lattice_score(lab, release, rounds=10, rho=0.7):
     """The same evidence by expectation-maximisation: an entry was trained with the odds of its row times its column."""
     scores = {}
     for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):

@@ -20,8 +20,17 @@ LONGEST = 1000  # characters of a message
 
 
 def flag(default, help, choices=None):
-    """A dataclass field that is a flag of the command line."""
+    """A dataclass field that is a flag of the command line.
+
+    choices: a tuple, or a function that gives one when the flags are read: what it lists may be defined later.
+    """
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def choices_of(f):
+    """The tuple of values that a field made by flag() may have, or None."""
+    choices = f.metadata["choices"]
+    return choices() if callable(choices) else choices
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         """
         for f in fields(kind):
             help = (f.metadata["help"] + show(f)).replace("%", "%%")
-            options = {"type": f.type, "choices": f.metadata["choices"]}
+            options = {"type": f.type, "choices": choices_of(f)}
             if f.type is bool:
                 options = {"action": argparse.BooleanOptionalAction}
             elif options["choices"] is None:
@@ -68,7 +77,7 @@ def check_fields(settings):
     The command line's parser sees to both; a file that was edited may have anything.
     """
     for f in fields(settings):
-        value, choices = getattr(settings, f.name), f.metadata["choices"]
+        value, choices = getattr(settings, f.name), choices_of(f)
         allowed = (int, float) if f.type is float else (f.type,)
         fits = type(value) in allowed or value is None and f.default is None
         start = f"{flag_name(f.name)} {reprlib.repr(value)}"  # shortened: a file can hold a value of any depth
