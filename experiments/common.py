@@ -277,7 +277,7 @@ class Lab:
         self.results = Path(args.results) / args.scale
         self.results.mkdir(parents=True, exist_ok=True)
         for path in self.results.glob("*.jsonl"):
-            Results(path).read()  # drops a last line that a kill has torn
+            Results(path).read()  # a damaged file shows now
         self.device, self.missed = args.device, 0
         self.releases, self.tasks, self.known, self.parsed = {}, {}, {}, {}
 
