@@ -347,8 +347,8 @@ class Complement:
 # - A frozen weight is a draw that was rounded once, so its bits have no pattern: see initial_value in model.py.
 # - A zero step must change no bit, so theta(0) holds no -0.0, which adding 0 turns into 0.0.
 # - Norm gains and biases start as constants. One that is still exactly 1 or 0 was frozen: this is not hidden.
-# - Weight decay multiplies the ticket alone; Adam's step follows, and fills what gaps its rounding leaves. Only an entry
-#   that never has a gradient is merely shrunk; a ticket chosen by gradients has few of those.
+# - Weight decay multiplies the ticket alone; Adam's step follows, and fills what gaps its rounding leaves. Only an
+#   entry that never has a gradient is merely shrunk; a ticket chosen by gradients has few of those.
 # - A tied head is one tensor with one mask, so no copy of it can disagree.
 # - The order of the tensors, the header and the other files are the same for every mask, and without one. The checksum
 #   is a function of the published bytes.
