@@ -51,13 +51,16 @@ class Preset:
 
 LAPTOP = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "grad_accum": 1,
           "val_every": 200, "val_blocks": 64, "save_every": 200}
+MINI = {"vocab_size": 4096, "max_position_embeddings": 1024, "hidden_size": 192, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 PRESETS = {
     "tiny": Preset(LlamaConfig(  # two minutes on a laptop
         vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
-    "mini": Preset(LlamaConfig(  # half of tiny: for sweeps of many models on a laptop
-        vocab_size=4096, max_position_embeddings=1024, hidden_size=192, intermediate_size=512,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
+    # a third of tiny, for sweeps of many models on a laptop; its head is tied to its embedding
+    "mini": Preset(LlamaConfig(**MINI, tie_word_embeddings=True), "bpe", LAPTOP),
+    "mini-untied": Preset(LlamaConfig(**MINI), "bpe", LAPTOP),
+    "mini-gpt2": Preset(GPT2Config(vocab_size=4096, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
     "gpt2": Preset(GPT2Config()),
     "tinyllama": Preset(LlamaConfig()),  # the paper's 1.1B shape (section 4.1), with GPT-2's vocabulary
 }
