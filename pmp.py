@@ -3,8 +3,8 @@
     python pmp.py --rho 0.7
 
 This file is section 2 of the paper (arXiv:2602.00446), from top to bottom; equation numbers are the paper's. First the
-settings. Stage I finds the ticket, stage II trains the ticket alone, stage III releases the weights without the mask.
-`pmp` puts the three together. Last comes what the stages share, and the command line.
+settings, and `pmp`, the whole of it. Stage I finds the ticket, stage II trains the ticket alone, stage III releases the
+weights without the mask. Last comes what the stages share, and the command line.
 
 A mask is a dict {parameter name: bool tensor}: True is the ticket, False the complement.
 """
@@ -30,6 +30,7 @@ from runtime.files import Stopped, UserError, write_json
 from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
+# of whole(x), count(mask) and split_like(p, x), without --shard: x, the number of True, x on p's device
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
                               memory_per_rank, place, share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
@@ -68,7 +69,8 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Everything that decides what a run computes. Each field is a flag; the defaults are the paper's (4.1, app. A)."""
+    """Everything that decides what a run computes. Each field is a flag; the defaults of what the paper names are the
+    paper's (4.1, appendix A), but for the preset."""
 
     rho: float = flag(0.7, "share of all parameters that the ticket holds, in (0, 1]; 1.0 trains without PMP")
     preset: str = flag("tiny", "model and its defaults", tuple(PRESETS))
@@ -111,33 +113,30 @@ class Config:
 # flags that say where and how a run computes, not what: --resume takes new ones
 MACHINE = ("device", "compile", "checkpointing", "shard")
 
+# -----------------------------------------------------------------------------
+# section 2 as a whole
 
-def check(config):
-    """Raise UserError for settings that no run can have."""
-    check_fields(config)
-    for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
-                 "save_every", "shuffle_buffer"):
-        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
-        require(1 <= getattr(config, name) <= most,
-                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
-    for name in ("seed", "init_seed"):
-        number = getattr(config, name) or 0
-        require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
-    model = build(PRESETS[config.preset].shape, device="meta")
-    d = sum(p.numel() for p in model.parameters())
-    require(0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket")
-    require(config.rho * d >= 1, f"--rho {config.rho} leaves no parameter in the ticket: raise it")
-    require(0 <= config.warmup <= config.steps,
-            f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps ({config.steps})")
-    require(0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number")
-    require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
-    require(0 <= config.weight_decay < 1 / config.lr,
-            f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
-    require(0 < config.clip < math.inf,
-            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
-    require(2 <= config.block_size <= model.max_positions,
-            f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
-            f"--preset {config.preset}")
+
+def pmp(run, make_optimizer=None):
+    """Section 2: from theta(0), or from the run's checkpoint, to the release. run: a Run, below.
+
+    make_optimizer(params, masks, weight_decay): MaskedAdamW, or something with its methods.
+    """
+    params = dict(run.model.named_parameters())
+    initialise(run.model, run.secret)  # theta(0)
+    run.compile()
+    saved, masks, step = run.load()  # of a new run: nothing; else the checkpoint's weights replace theta(0)
+    if not saved and run.config.rho < 1:
+        masks = find_ticket(run)  # stage I
+        run.keep_density(masks)
+        initialise(run.model, run.secret)  # back to theta(0)
+    optimizer = (make_optimizer or MaskedAdamW)(params, masks, run.config.weight_decay)
+    if saved:
+        optimizer.load_state(saved)
+    else:
+        run.save(masks, optimizer, step)
+    pretrain(run, masks, optimizer, step)  # stage II
+    release(run, masks)  # stage III
 
 
 # -----------------------------------------------------------------------------
@@ -177,14 +176,17 @@ def random_mask(params, k, secret):
 
 
 def iou(a, b):
-    """Eq. 3: intersection over union of two masks. Two random masks share rho / (2 - rho)."""
+    """Eq. 3: intersection over union, |a & b| / |a | b|. Of two random masks it is rho / (2 - rho)."""
     both = sum(count(a[name] & b[name]) for name in a)
     either = sum(count(a[name] | b[name]) for name in a)
     return both / either
 
 
 class EarlyBird:
-    """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row."""
+    """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row.
+
+    The paper says "several successive steps": the number is ours.
+    """
 
     def __init__(self, threshold, patience):
         self.threshold, self.patience = threshold, patience
@@ -205,8 +207,9 @@ class EarlyBird:
 def find_ticket(run):
     """Stage I: warm up the dense model from theta(0) for at most t_EB steps, and choose the ticket on the way.
 
-    The warm-up reads the first mini-batches of the training data (D_pre). Afterwards the model holds theta(t_EB): the
-    caller goes back to theta(0). Returns the mask.
+    run: a Run, below; run.gradient(t) leaves the gradient of mini-batch t in the parameters. The warm-up reads the
+    first mini-batches of the training data, and leaves a warmed-up model: the caller goes back to theta(0). Returns the
+    mask.
     """
     config = run.config
     params = dict(run.model.named_parameters())
@@ -214,7 +217,7 @@ def find_ticket(run):
     if config.mask == "random":
         return random_mask(params, k, run.secret)
     bird = EarlyBird(config.eb_iou, config.eb_patience)
-    optimizer = MaskedAdamW(params, None, config.weight_decay)
+    optimizer = MaskedAdamW(params, None, config.weight_decay)  # no mask yet: plain AdamW
     score, scores = SCORES[config.score], {}
     chance = config.rho / (2 - config.rho)
     for step in range(config.eb_steps):
@@ -222,7 +225,7 @@ def find_ticket(run):
         for name, p in params.items():
             scores[name] = score(p.detach(), p.grad, scores.get(name, 0.0), step + 1)
         overlap = bird.see(topk_mask(scores, k))  # eq. 2 and 3
-        lr = config.lr * (step + 1) / config.eb_steps  # whatever stage II's schedule is
+        lr = config.lr * (step + 1) / config.eb_steps  # rises to the last step; not stage II's schedule
         norm = optimizer.step(lr, config.clip)
         numbers = {} if overlap is None else {"iou": overlap, "iou_chance": chance}
         run.progress.step("I", step + 1, config.eb_steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
@@ -242,11 +245,9 @@ def find_ticket(run):
 # -----------------------------------------------------------------------------
 # stage II: private mask pre-training (section 2.2)
 
-COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says True here
-
 
 class MaskedAdamW:
-    """Eq. 5 with AdamW: the ticket moves, the complement keeps its bits.
+    """Eq. 5 with AdamW for the gradient: theta_M <- theta_M - lr * step(g_M), and the complement keeps its bits.
 
     params: {name: Parameter}; masks: {name: bool}, or None for plain AdamW; a parameter without a mask trains whole.
     Decoupled weight decay applies to matrices. Three things would move the complement. Its gradient: it is zeroed,
@@ -324,6 +325,9 @@ def pretrain(run, masks, optimizer, step):
             run.leave(f"saved after update {step}")
 
 
+COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says True here
+
+
 class Complement:
     """Watches that the complement stays as it is, by a checksum of each parameter, which costs next to nothing."""
 
@@ -350,13 +354,39 @@ class Complement:
 # - A frozen weight is a draw that was rounded once, so its bits have no pattern: see initial_value in model.py.
 # - A zero step must change no bit, so theta(0) holds no -0.0, which adding 0 turns into 0.0.
 # - Norm gains and biases start as constants. One that is still exactly 1 or 0 was frozen: this is not hidden.
-# - Weight decay multiplies the ticket alone; Adam's step follows, and fills what gaps its rounding leaves. Only an
-#   entry that never has a gradient is merely shrunk; a ticket chosen by gradients has few of those.
+# - Weight decay multiplies the ticket alone, and a rounded product could leave gaps between its values. Adam's step
+#   follows at once and closes them, but for an entry that never has a gradient; a ticket has few of those.
 # - A tied head is one tensor with one mask, so no copy of it can disagree.
-# - The order of the tensors, the header and the other files are the same for every mask, and without one. The checksum
-#   is a function of the published bytes.
+# - The order of the tensors, the header and the other files are the same for every mask, and without one. The
+#   checksum in the header is a function of the published bytes.
 # - A model that an authorised user fine-tuned differs from the release in the ticket alone. In any precision, whoever
 #   publishes it publishes the mask.
+
+
+def complement_moved(model, masks, secret):
+    """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
+    moved = 0
+    for name, p in model.named_parameters():
+        theta_0 = split_like(p, initial_value(model, name, p.shape, secret))
+        moved += count((bits(p) != bits(theta_0)) & ~masks[name])
+    return moved
+
+
+def release(run, masks):
+    """Publish the dense weights, the config and the tokenizer; keep the mask."""
+    params = dict(run.model.named_parameters())
+    if masks:
+        moved = complement_moved(run.model, masks, run.secret)
+        if moved and not COMPLEMENT_MOVES:
+            raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
+                            "COMPLEMENT_MOVES in pmp.py")
+        save_mask(run.folder.private / "mask.safetensors", masks, params)
+    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
+    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
+
+
+# -----------------------------------------------------------------------------
+# the mask's file, and its shape: both stay private
 
 
 def pack_mask(masks):
@@ -391,15 +421,6 @@ def load_mask(path, params):
     return unpack_mask(packed, params)
 
 
-def complement_moved(model, masks, secret):
-    """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
-    moved = 0
-    for name, p in model.named_parameters():
-        theta_0 = split_like(p, initial_value(model, name, p.shape, secret))
-        moved += count((bits(p) != bits(theta_0)) & ~masks[name])
-    return moved
-
-
 def density_by_kind(masks):
     """{kind of layer: share of its parameters in the ticket}. Private: it tells an attacker where to look."""
     kept, size = {}, {}
@@ -408,45 +429,6 @@ def density_by_kind(masks):
             kept[kind] = kept.get(kind, 0) + int(part.sum())
             size[kind] = size.get(kind, 0) + part.numel()
     return {kind: kept[kind] / size[kind] for kind in KINDS if kind in size}
-
-
-def release(run, masks):
-    """Publish the dense weights, the config and the tokenizer; keep the mask."""
-    params = dict(run.model.named_parameters())
-    if masks:
-        moved = complement_moved(run.model, masks, run.secret)
-        if moved and not COMPLEMENT_MOVES:
-            raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
-                            "COMPLEMENT_MOVES in pmp.py")
-        save_mask(run.folder.private / "mask.safetensors", masks, params)
-    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
-    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
-
-
-# -----------------------------------------------------------------------------
-# all of it
-
-
-def pmp(run, make_optimizer=None):
-    """Section 2: from theta(0), or from the run's checkpoint, to the release.
-
-    make_optimizer(params, masks, weight_decay): MaskedAdamW, or something with its methods.
-    """
-    params = dict(run.model.named_parameters())
-    initialise(run.model, run.secret)  # theta(0)
-    run.compile()
-    saved, masks, step = run.load()  # of a new run: nothing
-    if not saved and run.config.rho < 1:
-        masks = find_ticket(run)  # stage I
-        run.keep_density(masks)
-        initialise(run.model, run.secret)  # back to theta(0)
-    optimizer = (make_optimizer or MaskedAdamW)(params, masks, run.config.weight_decay)
-    if saved:
-        optimizer.load_state(saved)
-    else:
-        run.save(masks, optimizer, step)
-    pretrain(run, masks, optimizer, step)  # stage II
-    release(run, masks)  # stage III
 
 
 # -----------------------------------------------------------------------------
@@ -554,6 +536,34 @@ class Run:
 
 # -----------------------------------------------------------------------------
 # the command line
+
+
+def check(config):
+    """Raise UserError for settings that no run can have."""
+    check_fields(config)
+    for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
+                 "save_every", "shuffle_buffer"):
+        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
+        require(1 <= getattr(config, name) <= most,
+                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
+    for name in ("seed", "init_seed"):
+        number = getattr(config, name) or 0
+        require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
+    model = build(PRESETS[config.preset].shape, device="meta")
+    d = sum(p.numel() for p in model.parameters())
+    require(0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket")
+    require(config.rho * d >= 1, f"--rho {config.rho} leaves no parameter in the ticket: raise it")
+    require(0 <= config.warmup <= config.steps,
+            f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps ({config.steps})")
+    require(0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number")
+    require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
+    require(0 <= config.weight_decay < 1 / config.lr,
+            f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
+    require(0 < config.clip < math.inf,
+            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
+    require(2 <= config.block_size <= model.max_positions,
+            f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
+            f"--preset {config.preset}")
 
 
 def plan(config):

@@ -187,7 +187,7 @@ def docs(tokenizer, on, rows, judge, length):
     if on == "choose":
         found = blocks("train", 4000, 4 * rows + judge)
         return {"train": found[: 4 * rows], "dev": found[4 * rows :]}
-    return {"train": blocks("train", 0, 4000 if rows > 100 else 4 * rows), "dev": blocks("validation", 0, judge)}
+    return {"train": blocks("train", 0, 4000), "dev": blocks("validation", 0, judge)}
 
 
 # -----------------------------------------------------------------------------
