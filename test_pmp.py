@@ -1627,7 +1627,7 @@ def test_a_plan_writes_nothing_and_counts_what_a_run_would_take(tmp_path, monkey
     pmp.main(["--plan", "--preset", "mini", "--block-size", "32"])
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    assert "mini: 2,410,176 parameters; 1,050 updates of 4 x 32 tokens" in text and "134,400 (0.04" in text
+    assert "mini: 2,410,176 parameters; 1,050 updates of 4 x 32 tokens" in text and "134,400 (0.06" in text
     model = build(pmp.PRESETS["mini"].shape, "meta")
     blocks = 4 * (192 * 192 * 2 + 192 * 96 * 2 + 3 * 192 * 512)
     attention = 4 * (2 * 192 * 33 / 2) * 2 * 3  # q k^T and weights v, 16.5 keys in the mean; backward twice more
