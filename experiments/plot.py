@@ -15,11 +15,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import numpy as np  # noqa: E402
-from common import COLOURS, subplots  # noqa: E402
+from pictures import COLOURS, save, subplots  # noqa: E402
 from model import FAMILIES, KINDS, parts_by_kind  # noqa: E402
 from pmp import load_mask  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
-from runtime.files import atomic, open_regular  # noqa: E402
+from runtime.files import open_regular  # noqa: E402
 from runtime.huggingface import load_folder  # noqa: E402
 
 STYLES = ("-", "--", ":", "-.")  # one for each run
@@ -102,14 +102,6 @@ def draw_density(out):
     figure.colorbar(image)
     save(figure, path, mode=0o600)
     return path
-
-
-def save(figure, path, mode=0o644):
-    """Write a matplotlib figure, atomically."""
-    figure.tight_layout()
-    with atomic(path, mode) as file:
-        figure.savefig(file, dpi=130, format="png")
-    print(f"drawn: {path}")
 
 
 def main(argv=None):

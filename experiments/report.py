@@ -41,8 +41,8 @@ def state(evidence):
     done = sum(evidence.results.get(job) is not None for job in found)
     seeds = min((len(evidence.accuracy(arm, task)) for arm in SEARCHED for task in MAIN), default=0)
     hours = sum(result["seconds"] for result in evidence.results.found.values()) / 3600
-    return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one core. Every arm with "
-            f"a search of its own has been run on at least {seeds} of {evidence.scale.seeds['main']} pre-trainings.")
+    return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one core. Every arm "
+            f"that has its own search was run on at least {seeds} of {evidence.scale.seeds['main']} pre-trainings.")
 
 
 def verdicts(evidence):

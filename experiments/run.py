@@ -255,12 +255,13 @@ def tune(shop, job):
                         **{"batch_size": task.batch, "limit": limit, **adversary.settings})
     official = {"docs": None, "word order": "cola"}.get(name, name)
     outputs = len(OFFICIAL[official].labels) if official else 1
-    model, params, masks = prepare_model(body, adversary.method, outputs, masks, seed, settings)
+    ticket = masks
+    model, params, masks = prepare_model(body, adversary.method, outputs, ticket, seed, settings)
     if official:
         lesson = Judged(model.to(machine.device), official, data, seed, settings, machine)
-    else:  # a language model has no use for the classifier's head
+    else:  # a language model needs its own head, and no classifier's
         params = {key: p for key, p in body.named_parameters() if p.requires_grad}
-        masks = masks and {key: m for key, m in masks.items() if key in params}
+        masks = ticket and {key: m for key, m in ticket.items() if key in params}
         lesson = Text(body.to(machine.device), data, seed, settings, machine)
     optimizer, curve = None, {}
     if adversary.method != "base":
@@ -314,6 +315,13 @@ def ready(scale, job, results):
     return all(results.get(model_job(scale, name, seed, results)) for name, seed in job.needs)
 
 
+def claim_path(shop, job):
+    """The file whose lock says that a process is at a job."""
+    folder = shop.work / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / hashlib.sha256(f"{job.kind} {job.key}".encode()).hexdigest()[:16]
+
+
 def work(shop, say):
     """Do all jobs that are missing, but for those that other processes are at; wait for these at the end."""
     results, scale, tried = shop.results, shop.scale, set()
@@ -328,9 +336,7 @@ def work(shop, say):
             time.sleep(5)
             continue
         job = left[0]
-        digest = hashlib.sha256(f"{job.kind} {job.key}".encode()).hexdigest()[:16]
-        (shop.work / "claims").mkdir(parents=True, exist_ok=True)
-        with lock(shop.work / "claims" / digest) as ours:
+        with lock(claim_path(shop, job)) as ours:
             if not ours or results.refresh().get(job):
                 tried.add((job.kind, job.key))
                 continue
