@@ -61,7 +61,7 @@ PRESETS = {
     # a third of tiny, for sweeps of many models on a laptop; its head is tied to its embedding
     "mini": Preset(LlamaConfig(**MINI, tie_word_embeddings=True), "bpe", LAPTOP),
     "mini-untied": Preset(LlamaConfig(**MINI), "bpe", LAPTOP),
-    "mini-gpt2": Preset(GPT2Config(vocab_size=4096, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
+    "mini-gpt2": Preset(GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
     "gpt2": Preset(GPT2Config()),
     "tinyllama": Preset(LlamaConfig()),  # the paper's 1.1B shape (section 4.1), with GPT-2's vocabulary
 }
@@ -517,6 +517,9 @@ class Run:
             return {}, None, 0
         params = dict(self.model.named_parameters())
         for name, p in params.items():
+            if getattr(saved.get(f"model.{name}"), "shape", None) != p.shape:
+                raise UserError(f"the checkpoint in {self.folder.private} has no {name} of this model: it is damaged; "
+                                "restore it from a copy, or start a new run with another --out")
             assign(p, saved[f"model.{name}"])
         packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
         self.progress.say(f"going on after update {state['step']}")

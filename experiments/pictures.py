@@ -8,7 +8,8 @@ from runtime.files import UserError, atomic
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
 COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "chance": "#888888", "train": "#7fb2d9",
            "validation": "#1f5f99", "pmp": "#1f5f99", "dense": "#222222", "random": "#d98032", "matched": "#6fa287",
-           "scratch": "#bbbbbb", "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999",
+           "scratch": "#bbbbbb", "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556", "pmp + mask": "#7fb2d9",
+           "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999",
            "tells nothing": "#dddddd", "not run": "#dddddd", "full": "#222222"}
 SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_"}
 
@@ -37,7 +38,7 @@ def forest(rows, path):
     for y, (row, marker) in enumerate(lines):
         first = row.markers[0] is marker
         if first:
-            axis.text(-0.52, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
+            axis.text(-1.36, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
             axis.axhline(-y + 0.5, color="#eeeeee", linewidth=0.8)
         axis.text(-0.02, -y, marker.label, va="center", ha="right", fontsize=7, transform=place(axis))
         words = marker.verdict
@@ -57,7 +58,7 @@ def forest(rows, path):
     axis.set_title("against the claim      |      for the claim", fontsize=9)
     for side in ("top", "left", "right"):
         axis.spines[side].set_visible(False)
-    figure.subplots_adjust(left=0.36, right=0.62)
+    figure.subplots_adjust(left=0.38, right=0.64)
     with atomic(path) as file:
         figure.savefig(file, dpi=120, format="png", bbox_inches="tight", metadata={"Software": None})
     print(f"drawn: {path}")
@@ -70,11 +71,11 @@ def place(axis):
 
 def bars(axis, groups, names):
     """Bars with the standard deviation of their values. groups: {label: [values for each name]}."""
-    shades = ["#222222", "#1f5f99", "#7fb2d9", "#d98032", "#f0c090", "#bbbbbb", "#6fa287"]
     width = 0.8 / len(groups)
     for i, (label, values) in enumerate(groups.items()):
         axis.bar(np.arange(len(names)) + width * i, [np.mean(v) if len(v) else 0 for v in values], 0.9 * width,
-                 yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label, color=shades[i % 7],
+                 yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label, edgecolor="white",
+                 color=COLOURS[label.replace(" lora", "")], hatch="///" * ("lora" in label),
                  error_kw={"elinewidth": 0.8})
     axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names)
     axis.set_ylabel("accuracy, %")
@@ -84,13 +85,12 @@ def anatomy(evidence, path):
     """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows."""
     figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
     for axis, task in zip(axes, MAIN):
-        for arm, colour in (("dense", "dense"), ("matched", "matched"), ("random", "random"), ("pmp", "pmp"),
-                            ("mean", "train"), ("rho0.9", "chance"), ("rho0.5", "complement")):
+        for arm in ("dense", "matched", "random", "pmp", "mean", "rho0.9", "rho0.5"):
             losses, scores = evidence.models(arm), evidence.accuracy(arm, task)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
             if len(points):
-                axis.plot(*points.T, "o", markersize=4, color=COLOURS[colour], alpha=0.5)
-                axis.plot(*points.mean(0), "D", markersize=8, color=COLOURS[colour], label=arm)
+                axis.plot(*points.T, "o", markersize=4, color=COLOURS[arm], alpha=0.5)
+                axis.plot(*points.mean(0), "D", markersize=8, color=COLOURS[arm], label=arm)
         axis.set(xlabel="held-out pre-training loss, nats", ylabel="fine-tuned accuracy, %", title=task)
     axes[0].legend(fontsize=7)
     save(figure, path)
@@ -145,13 +145,13 @@ def figure4(evidence, path):
         line[0].set(xlabel="rho", ylabel=f"{task}: accuracy, %")
         for arm in ("dense", "pmp"):
             grid = evidence.search(arm, task)
-            for axis, which, label in ((line[1], 0, "learning rate, times the default"), (line[2], 1, "epochs")):
+            for axis, which, label in ((line[1], 0, "rate, times the default"), (line[2], 1, "epochs")):
                 best = {}
                 for pair, values in grid.items():
                     best[pair[which]] = max(best.get(pair[which], 0.0), values.mean())
                 points = sorted(best.items())
                 axis.plot([x for x, _ in points], [y for _, y in points], "o-", color=COLOURS[arm], label=arm)
-                axis.set(xlabel=label + ", best of the other setting", xscale="log")
+                axis.set(xlabel=label, xscale="log")
     axes[0, 1].legend(fontsize=7)
     save(figure, path)
 

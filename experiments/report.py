@@ -16,7 +16,7 @@ import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
 from plan import ARMS, CHOOSERS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, choice, jobs, strongest  # noqa: E402
-from results import Results  # noqa: E402
+from store import Results  # noqa: E402
 from verdicts import Evidence, claims, spell  # noqa: E402
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402

@@ -25,7 +25,7 @@ from attacks import ADVERSARIES, recovery  # noqa: E402
 from measures import gradients, landscape, next_token, one_step, ticket_by_kind  # noqa: E402
 from plan import ARMS, MODELS, SCALES, TASKS, jobs, model_flags, model_job  # noqa: E402
 from recipe import changed  # noqa: E402
-from results import Results, hardware  # noqa: E402
+from store import Results, hardware  # noqa: E402
 import pmp  # noqa: E402
 from data.pack import prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402

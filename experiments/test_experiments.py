@@ -28,7 +28,7 @@ import report  # noqa: E402
 import run  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
-from results import Results  # noqa: E402
+from store import Results  # noqa: E402
 from runtime.files import UserError, lock  # noqa: E402
 
 __all__ = ["cache", "corpus", "finished", "flags"]

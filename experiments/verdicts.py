@@ -199,7 +199,8 @@ def by_seed(first, second, combine):
 
 
 def log_ratio(a, b):
-    return math.log(max(a, 1e-9) / max(b, 1e-9))
+    """log(a / b); nan, which no marker counts, where one of them is not positive."""
+    return math.log(a / b) if a > 0 and b > 0 else math.nan
 
 
 def excess(own, own_inside, dense, dense_inside):
