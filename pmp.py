@@ -12,7 +12,7 @@ A mask is a dict {parameter name: bool tensor}: True is the ticket, False the co
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word; then command_line acts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for Ctrl-C alone: it ends the slow imports without a word
 
 import math
 import secrets
@@ -30,7 +30,8 @@ from runtime.files import Stopped, UserError, write_json
 from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
-# of whole(x), count(mask) and split_like(p, x), without --shard: x, the number of True, x on p's device
+# Without --shard whole(x) is x, count(mask) the number of True, split_like(p, x) is x on p's device; in one process
+# from_first(f, ...) is f(...).
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
                               memory_per_rank, place, share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
@@ -69,10 +70,13 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Everything that decides what a run computes. Each field is a flag; the defaults of what the paper names are the
-    paper's (4.1, appendix A), but for the preset."""
+    """Everything that decides what a run computes. Each field is a flag.
 
-    rho: float = flag(0.7, "share of all parameters that the ticket holds, in (0, 1]; 1.0 trains without PMP")
+    Where section 4.1 or appendix A name a number it is the default. A preset may have its own: `tiny` does.
+    """
+
+
+    rho: float = flag(0.7, "share of all parameters that the ticket keeps, in (0, 1]; 1.0 trains without PMP")
     preset: str = flag("tiny", "model and its defaults", tuple(PRESETS))
     data: str = flag("slimpajama", "prose, slimpajama, or a .txt or .jsonl file, also .gz or .xz")
     out: str = flag("out", "folder of the run: OUT/release is for publication, OUT/private stays with you")
@@ -95,7 +99,7 @@ class Config:
     save_every: int = flag(500, "updates between checkpoints")
     shuffle_buffer: int = flag(50000, "documents that are shuffled together")
     cache: str = flag(str(Path(__file__).parent / "data" / "cache"), "folder that keeps prepared text")
-    seed: int = flag(42, "decides data order and all else, except the initial weights")
+    seed: int = flag(42, "decides the order of the data; theta(0) and a random mask come from a secret")
     init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", ("auto", "fp32", "bf16"))
@@ -134,7 +138,7 @@ def pmp(run, make_optimizer=None):
     if saved:
         optimizer.load_state(saved)
     else:
-        run.save(masks, optimizer, step)
+        run.save(masks, optimizer, step)  # so that a resumed run need not repeat stage I
     pretrain(run, masks, optimizer, step)  # stage II
     release(run, masks)  # stage III
 
@@ -185,7 +189,7 @@ def iou(a, b):
 class EarlyBird:
     """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row.
 
-    The paper says "several successive steps": the number is ours.
+    Section 2.1 says "several successive steps", 4.1 an IoU of 0.99 for 5 steps. The mask at the end of them is taken.
     """
 
     def __init__(self, threshold, patience):
@@ -209,7 +213,7 @@ def find_ticket(run):
 
     run: a Run, below; run.gradient(t) leaves the gradient of mini-batch t in the parameters. The warm-up reads the
     first mini-batches of the training data, and leaves a warmed-up model: the caller goes back to theta(0). Returns the
-    mask.
+    mask. A random mask needs no warm-up.
     """
     config = run.config
     params = dict(run.model.named_parameters())
@@ -247,7 +251,7 @@ def find_ticket(run):
 
 
 class MaskedAdamW:
-    """Eq. 5 with AdamW for the gradient: theta_M <- theta_M - lr * step(g_M), and the complement keeps its bits.
+    """Eq. 5 with AdamW for the gradient: theta_M <- theta_M - lr * AdamW(g_M); the complement keeps its bits.
 
     params: {name: Parameter}; masks: {name: bool}, or None for plain AdamW; a parameter without a mask trains whole.
     Decoupled weight decay applies to matrices. Three things would move the complement. Its gradient: it is zeroed,
@@ -329,7 +333,7 @@ COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says Tru
 
 
 class Complement:
-    """Watches that the complement stays as it is, by a checksum of each parameter, which costs next to nothing."""
+    """An early alarm, by a checksum of each parameter, when the complement moves. The proof is in `release`."""
 
     def __init__(self, model, masks):
         self.params = {name: p for name, p in model.named_parameters() if masks}
@@ -448,7 +452,7 @@ class Run:
         """secret: bytes that theta(0) is drawn from; folder: Folder; stop: StopRequest, true when the user asks."""
         self.config, self.secret, self.folder, self.stop = config, secret, folder, stop
         self.machine = Machine(config.device, config.dtype)
-        from_first(share, config.sequences)  # what cannot be shared shows once, and before anything is prepared
+        from_first(share, config.sequences)  # what cannot be shared fails once, and before anything is prepared
         tokenizer = PRESETS[config.preset].tokenizer
         self.tokens = config.sequences * config.block_size  # in an update
         self.tokenizer, train, validation = first_then_others(lambda: prepare(
@@ -456,7 +460,7 @@ class Run:
             cache=config.cache, shuffle_buffer=config.shuffle_buffer, say=partial(print, flush=True)))
         self.train, self.validation = (Reader(text, config.batch_size, config.block_size, self.machine.device)
                                        for text in (train, validation))
-        train.read(0, config.sequences, config.block_size)  # too small a text shows before anything is written
+        train.read(0, config.sequences, config.block_size)  # too small a text fails before anything is written
         self.identity = identity(config, secret, self.tokenizer.fingerprint)
 
     def begin(self):
