@@ -6,11 +6,12 @@ from plan import MAIN
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
-COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "chance": "#888888", "train": "#7fb2d9",
-           "validation": "#1f5f99", "pmp": "#1f5f99", "dense": "#222222", "random": "#d98032", "matched": "#6fa287",
-           "scratch": "#bbbbbb", "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556", "pmp + mask": "#7fb2d9",
-           "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999",
-           "tells nothing": "#dddddd", "not run": "#dddddd", "full": "#222222"}
+COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "chance": "#888888",
+           "train": "#7fb2d9", "validation": "#1f5f99",
+           "dense": "#222222", "pmp": "#1f5f99", "pmp + mask": "#7fb2d9", "random": "#d98032", "scratch": "#bbbbbb",
+           "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
+           "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
+           "not run": "#dddddd"}
 SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_"}
 
 
@@ -85,7 +86,7 @@ def anatomy(evidence, path):
     """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows."""
     figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
     for axis, task in zip(axes, MAIN):
-        for arm in ("dense", "matched", "random", "pmp", "mean", "rho0.9", "rho0.5"):
+        for arm in ("dense", "random", "pmp", "mean", "rho0.9", "rho0.5"):
             losses, scores = evidence.models(arm), evidence.accuracy(arm, task)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
             if len(points):
@@ -99,7 +100,7 @@ def anatomy(evidence, path):
 def costs(evidence, path):
     """Accuracy after 1, 2, 4, … updates of fine-tuning: the mean over pre-trainings."""
     figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
-    styles = {"dense": ("dense", "-"), "matched": ("matched", "-"), "random": ("random", "-"), "pmp": ("pmp", "-"),
+    styles = {"dense": ("dense", "-"), "random": ("random", "-"), "pmp": ("pmp", "-"),
               "pmp + mask": ("pmp", "--"), "scratch": ("scratch", "-")}
     for axis, task in zip(axes, MAIN):
         for arm, (colour, style) in styles.items():
@@ -118,7 +119,7 @@ def costs(evidence, path):
 def figure2(evidence, path):
     """Ticket against random mask, released and fine-tuned."""
     figure, axis = subplots(figsize=(6, 3.2))
-    arms = ("dense", "pmp", "random", "matched", "scratch")
+    arms = ("dense", "pmp", "random", "scratch")
     bars(axis, {arm: [list(evidence.accuracy(arm, task).values()) for task in MAIN] for arm in arms}, MAIN)
     axis.legend(fontsize=7, ncols=2)
     save(figure, path)

@@ -11,6 +11,7 @@ what there is at any time.
 import copy
 import hashlib
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ class Workshop:
         flags, out = model_flags(self.scale, name, seed, self.results), self.work / f"{name}-{seed}"
         flags |= {"data": self.path, "out": out, "device": self.device}
         began = time.perf_counter()
+        if MODELS[name].change == "shrunk" and not (out / "release" / "model.safetensors").exists():
+            shutil.rmtree(out, ignore_errors=True)  # its optimizer cannot go on where it was
         if not (out / "release" / "model.safetensors").exists():
             argv = [word for flag, value in flags.items() for word in (flag_name(flag), str(value))]
             with changed(MODELS[name].change, flags):
@@ -273,7 +276,7 @@ def tune(shop, job):
             lesson.model.train()
 
     history, updates, diverged = fit(lesson, optimizer, rate, settings, machine, progress)
-    after = next_token(body, shop.held_out(release), machine)["loss"] if on == "judge" else None
+    after = next_token(body, shop.held_out(release), machine)["loss"]
     return {**history[-1], "curve": curve, "text_loss": after, "updates": updates, "diverged": diverged,
             "majority": majority(data) if official else None, "lr": rate}
 
@@ -304,7 +307,7 @@ def do(shop, job):
     if job.kind == "tune":
         return tune(shop, job)
     name, seed = job.what["model"], job.what["seed"]
-    release, masks = shop.release(name, seed), shop.release(*job.needs[-1]).masks
+    release, masks = shop.release(name, seed), shop.release(*job.needs[-1]).masks  # the ticket's model comes last
     if job.kind == "recovery":
         return recovery(shop, release, masks, job.what["attack"])
     return MEASURES[job.kind](shop, release, masks)

@@ -19,6 +19,7 @@ class Results:
         self.name, self.scale = scale, SCALES[scale]
         self.folder = Path(folder) / scale
         self.versions, self.found = {}, {}
+        self.memo = {}  # what plan.py has made of them
 
     def refresh(self):
         """Read what other processes have added. Raises UserError where a file is damaged."""
@@ -28,6 +29,7 @@ class Results:
                 for result in Lines(path).read():
                     self.found[path.stem, json.dumps(result["key"], sort_keys=True)] = result
                 self.versions[path] = version
+                self.memo.clear()
         return self
 
     def get(self, job):
@@ -38,6 +40,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         Lines(self.folder / f"{job.kind}.jsonl").append({"key": json.loads(job.key), **result})
         self.found[job.kind, job.key] = {"key": json.loads(job.key), **result}
+        self.memo.clear()
 
 
 def hardware(machine=None):

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ class Made:
     """Stands for Results: what `make` says of every job that is asked for."""
 
     def __init__(self, make, scale="laptop", known=()):
-        self.make, self.scale, self.found, self.known = make, plan.SCALES[scale], {}, known
+        self.make, self.scale, self.found, self.known, self.memo = make, plan.SCALES[scale], {}, known, {}
 
     def get(self, job):
         if job and (not self.known or job.kind in self.known):
@@ -87,7 +88,7 @@ def test_the_plan_is_whole_and_what_chooses_judges_nothing():
         if job.kind == "tune":
             assert (job.what["on"] == "choose") == (job.what["seed"] in plan.CHOOSING)
     seeds = {name: sum(model == name for model, seed in models if seed < 100) for name, _ in models}
-    assert [seeds[name] for name in ("dense", "pmp", "random", "matched")] == [8] * 4
+    assert [seeds[name] for name in ("dense", "pmp", "random", "untied-matched")] == [8] * 4
     assert seeds["rho0.5"] == seeds["gpt2-pmp"] == 4 and seeds["literal-pmp"] == 10 and seeds["shrunk"] == 3
 
 
@@ -113,11 +114,11 @@ def test_a_search_goes_on_at_its_end_and_takes_the_best():
 
 
 def test_the_matched_model_stops_where_dense_has_the_loss_of_pmp():
-    losses = {"dense": 5.0, "dense x0.9": 5.1, "dense x0.75": 5.2, "pmp": 5.05}
+    losses = {"untied-dense": 5.0, "untied-dense x0.9": 5.1, "untied-dense x0.75": 5.2, "untied-pmp": 5.05}
     results = Made(lambda job: {"text_loss": losses[job.what["model"]]})
     assert plan.matched_share(plan.SCALES["laptop"], results) == 1140 / 1200
-    assert plan.model_flags(plan.SCALES["laptop"], "matched", 3, results)["steps"] == 1140
-    assert plan.model_flags(plan.SCALES["laptop"], "matched", 3, Made(no_effect, known=("tune",))) is None
+    assert plan.model_flags(plan.SCALES["laptop"], "untied-matched", 3, results)["steps"] == 1140
+    assert plan.model_flags(plan.SCALES["laptop"], "untied-matched", 3, Made(no_effect, known=("tune",))) is None
 
 
 # -----------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def models(finished, flags, tmp_path_factory):
 def shop(models, corpus, tmp_path, monkeypatch):
     """A Workshop at a scale of seconds: two kinds of models, three arms, small texts."""
     scale = plan.Scale({"preset": "mini", "data": str(corpus)}, {"main": 2}, rows=0.2, epochs=(1,), further=0,
-                       strongest=1, text_blocks=2, outsiders=("pmp: Lion",))
+                       strongest=(1, 0), text_blocks=2, outsiders=())
     monkeypatch.setitem(plan.SCALES, "quick", scale)
     monkeypatch.setattr(plan, "MODELS", {name: plan.MODELS[name] for name in ("dense", "pmp")})
     monkeypatch.setattr(plan, "CHOOSERS", ("dense", "pmp"))
@@ -263,7 +264,8 @@ def test_recipes_change_what_they_say(flags, tmp_path):
     for p in params.values():
         p.grad = torch.ones_like(p)
     constant.step(1e-9, 1.0)
-    assert all(abs(float((p - q).abs().max()) - 1e-2) < 1e-4 for p, q in zip(model.parameters(), start.parameters()))
+    far = [(p - q).detach().abs().max().item() for p, q in zip(model.parameters(), start.parameters())]
+    assert far == pytest.approx([1e-2] * len(far), rel=1e-2)
     with recipe.changed("betas", {}):
         assert pmp.MaskedAdamW({"w": params[next(iter(params))]}, None, 0.0).optimizer.defaults["betas"] == (0.9, 0.999)
 
@@ -321,10 +323,12 @@ def test_replaying_the_secret_gives_the_mask_and_another_one_nothing(shop):
     assert known["iou"] > 0.99 > 0.75 > attacks.replay(shop, release, release.masks, b"another")["iou"]
 
 
-def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(shop):
+def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(shop, monkeypatch):
     release = shop.release("pmp", 0)
-    found = {name: attacks.recovery(shop, release, release.masks, name) for name in attacks.RECOVERIES}
-    assert all(0 <= found[name]["iou"] <= 1 for name in attacks.SCORES)
+    monkeypatch.setitem(attacks.SCORES, "own EarlyBird", partial(attacks.rehearsal_score, steps=5, batches=1))
+    names = [name for name in attacks.RECOVERIES if name != "gradient, 100 batches"]
+    found = {name: attacks.recovery(shop, release, release.masks, name) for name in names}
+    assert all(0 <= found[name]["iou"] <= 1 for name in names if "folder" not in name)
     assert abs(found["random"]["auc"] - 0.5) < 0.01 and found["gradient, 1 batch"]["auc"] > 0.6
     assert found["release folder"]["same_files"] and not found["release folder"]["differing"]
     guess = attacks.guess(shop, release, "constants that never moved")
@@ -444,7 +448,8 @@ def test_a_row_can_be_mixed_and_below_counts_as_for_the_claim():
     def of(*found):
         return verdicts.Row("a", [verdicts.Marker("x", verdict=one) for one in found]).verdict
     assert of("holds", "does not hold", "open") == "mixed" and of("holds", "open") == "open"
-    assert of("does not hold", "open") == "does not hold" and of("holds", "not run") == "holds" and of() == "not run"
+    assert of("does not hold", "open") == "does not hold" and of("holds", "not run") == "partly run"
+    assert of("not run") == of() == "not run"
     assert of("tells nothing") == "tells nothing"
     below = verdicts.Marker("x", estimate=0.02, margin=0.05, above=False, p=0.001)
     below.judge(0.01)
@@ -511,7 +516,7 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(path.name))
     evidence = verdicts.Evidence(Made(no_effect))
     tables = {name: table(evidence) for name, table in report.TABLES.items()}
-    assert tables["verdicts"].count("\n| ") == 1 + 19 and "| full, PMP | " in tables["table1"]
+    assert tables["verdicts"].count("\n| ") == 1 + 23 and "| full, PMP | " in tables["table1"]
     assert "| Lion |" in tables["adversaries"] or len(tables["adversaries"].splitlines()) == 2 + 10
     for name, draw in pictures.ALL.items():
         draw(evidence, tmp_path / f"{name}.png")

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from attacks import SCORES
-from measures import SIZES
-from plan import ARMS, CHOOSING, MAIN, MODELS, OUTSIDERS, candidates, choice, judged, measure_job, model_job, strongest
+from attacks import CONSTANTS, SCORES
+from measures import SCALINGS, SIZES
+from plan import (ARMS, CHOOSING, MAIN, MODELS, candidates, choice, choosing_mean, judged, measure_job, model_job,
+                  strongest)
 
 TENTH, EQUAL, CLOSE, OVERLAP, TELLING = 0.1, 0.05, 0.02, 0.1, 0.6  # margins: see the protocol
 DRAWS = 2000  # of the bootstrap
@@ -69,7 +71,9 @@ class Row:
         found = {marker.verdict for marker in self.markers}
         if found <= {"not run", "tells nothing"}:
             return "not run" if "not run" in found or not found else "tells nothing"
-        found -= {"not run", "tells nothing"}
+        found -= {"tells nothing"}
+        if "not run" in found:
+            return "partly run"
         if {"holds", "does not hold"} <= found:
             return "mixed"
         if found == {"holds"}:
@@ -133,7 +137,7 @@ class Evidence:
     def rises(self, arm, task):
         """{seed: nats} by which an arm's fine-tuning raises the loss on pre-training text."""
         before = self.models(ARMS[arm].model)
-        return {seed: max(result["text_loss"] - before[seed]["text_loss"], 1e-4)
+        return {seed: result["text_loss"] - before[seed]["text_loss"]
                 for seed, result in self.runs(arm, task).items() if seed in before}
 
     def search(self, arm, task):
@@ -164,29 +168,29 @@ class Evidence:
                 drawn = drawn + weight * (means[taken] - means.max())
         return values, float(drawn.std()) * math.sqrt(len(seeds) / (len(seeds) - 1))
 
-    def gain(self, task, full="dense"):
+    def gain(self, task, full="dense", scratch="scratch"):
         """What the dense model gains over random weights: (mean, whether it is clearly above 0)."""
-        values, error = self.contrast({full: 1, "scratch": -1}, task)
+        values, error = self.contrast({full: 1, scratch: -1}, task)
         if error is None:
             return math.nan, False
         return values.mean(), values.mean() > quantile(len(values)) * error
 
-    def shares(self, weights, full="dense", margin=0.0, above=True):
-        """A marker for each main task: sum(weight * accuracy) in percent of the gain."""
+    def shares(self, weights, full="dense", scratch="scratch", margin=0.0, suffix="", tasks=MAIN):
+        """A marker for each task: sum(weight * accuracy) in percent of the gain that `full` has over `scratch`."""
         found = []
-        for task in MAIN:
-            values, error = self.contrast(weights, task)
-            gain, clear = self.gain(task, full)
-            if error is None or math.isnan(gain):
-                found.append(Marker(task, unit="% of the gain", margin=100 * margin))
-                continue
-            # the margin is a share of each pair's own gain: it belongs to the values that are tested
+        for task in tasks:
+            gain, clear = self.gain(task, full, scratch)
             test = dict(weights)
-            for arm, sign in ((full, -margin), ("scratch", margin)):
-                test[arm] = test.get(arm, 0) + sign
-            beyond, error = self.contrast(test, task)
-            one = marker(task, 100 * beyond / gain, 100 * error / abs(gain), above=above)
-            one.estimate, one.margin, one.unit = 100 * values.mean() / gain, 100 * margin, "% of the gain"
+            if margin:  # a share of each pair's own gain
+                test[full] = test.get(full, 0) - margin
+                test[scratch] = test.get(scratch, 0) + margin
+            values, error = self.contrast(test, task)
+            label = task + suffix
+            if error is None or math.isnan(gain):
+                found.append(Marker(label, unit="% of the gain", margin=100 * margin))
+                continue
+            one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain")
+            one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
             if not clear:
                 one.verdict, one.p = "tells nothing", math.nan
             found.append(one)
@@ -198,15 +202,16 @@ def by_seed(first, second, combine):
     return [combine(first[seed], second[seed]) for seed in sorted(first) if seed in second]
 
 
-def log_ratio(a, b):
-    """log(a / b); nan, which no marker counts, where one of them is not positive."""
-    return math.log(a / b) if a > 0 and b > 0 else math.nan
+def growth(a, b, least):
+    """asinh(a / least) - asinh(b / least): log(a / b) where both are well above `least`, and defined below 0, too."""
+    return math.asinh(a / least) - math.asinh(b / least)
 
 
-def excess(own, own_inside, dense, dense_inside):
-    """[log(own / own inside the mask) minus the same of dense] of the seeds that all four have."""
+def excess(own, own_inside, dense, dense_inside, least):
+    """[growth of own over own inside the mask, minus the same of dense] of the seeds that all four have."""
     seeds = [seed for seed in sorted(own) if seed in own_inside and seed in dense and seed in dense_inside]
-    return [log_ratio(own[seed], own_inside[seed]) - log_ratio(dense[seed], dense_inside[seed]) for seed in seeds]
+    return [growth(own[seed], own_inside[seed], least) - growth(dense[seed], dense_inside[seed], least)
+            for seed in seeds]
 
 
 # -----------------------------------------------------------------------------
@@ -251,113 +256,119 @@ def changes(evidence, model, arm):
     return {seed: np.mean(result["change"][arm], 0) for seed, result in evidence.measured("one_step", model).items()}
 
 
-def sign_marker(label, values):
-    """Whether values are positive, by the sign test; shown as their geometric mean in thousandths of a nat."""
-    n, low = len(values), sum(value <= 0 for value in values)
-    found = Marker(label, n=n, unit="mnats", half=0.0)
-    if n >= 2:
-        few = min(low, n - low)
-        found.p = min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
-        found.estimate = 1e3 * float(np.mean(values))
-        found.half = 1e3 * quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return found
-
-
 def strongest_attack(evidence, model):
-    """(name, {seed: IoU}) of the guess at the mask with the best mean IoU; replaying the secret is not a guess."""
+    """(name, {seed: IoU}) of the guess of the ticket's size with the best mean IoU."""
     found = {attack: {seed: result["iou"] for seed, result in evidence.measured(
-        "recovery", model, attack=attack).items()} for attack in SCORES}
+        "recovery", model, attack=attack).items()} for attack in SCORES if attack != CONSTANTS}
     found = {attack: values for attack, values in found.items() if values}
     best = max(found, key=lambda attack: np.mean(list(found[attack].values())), default=None)
     return best, found.get(best, {})
 
 
-def best_arms(evidence):
-    """{"pmp" or "dense": {task: the arm with the best mean}} among full fine-tuning and the strongest adversaries."""
-    names = strongest(evidence.scale, evidence.results) or []
-    arms = {"pmp": ["pmp", *names], "dense": ["dense", *(twin for name in names if (
-        twin := name.replace("pmp:", "dense:")) in OUTSIDERS)]}
-    found = {}
-    for model, tried in arms.items():
-        for task in MAIN:
-            means = {arm: np.mean(list(scores.values())) for arm in tried
-                     if len(scores := evidence.accuracy(arm, task)) >= 2}
-            found.setdefault(model, {})[task] = max(means, key=means.get, default=None) if len(means) > 1 else None
-    return found
+def best_arms(evidence, task):
+    """The best arm on dense, and on PMP, of full fine-tuning and the adversaries for the record that need no guess.
+
+    The choosing seeds decide. (None, None) where they have not been run.
+    """
+    names = strongest(evidence.scale, evidence.results)
+    twins = {arm: arm.replace("pmp:", "dense:") for arm in names or [] if arm.replace("pmp:", "dense:") in ARMS}
+    if not twins:
+        return None, None
+    return tuple(max(arms, key=lambda arm: choosing_mean(evidence.scale, arm, evidence.results, (task,)))
+                 for arms in (["dense", *twins.values()], ["pmp", *twins]))
+
+
+LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats, nats, nats per squared length
 
 
 def geometry(evidence):
     """Rows 13 to 17."""
     row13 = Row("13 the complement curves more (Assumption 1)")
-    landscapes = evidence.measured("landscape", "pmp")
-    for scaling in ("all tensors", "without embedding", "scaled by rows"):
-        values = [log_ratio(*(np.mean(found["curvature"][scaling][place]) for place in ("complement", "ticket")))
-                  for found in landscapes.values()]
-        row13.markers.append(marker(scaling, values, unit="log ratio"))
+    more13 = Row("   more than in dense, with the same mask")
+    bends = {}
+    for model in ("pmp", "dense"):
+        for seed, found in evidence.measured("landscape", model).items():
+            for scaling, places in found["curvature"].items():
+                bends.setdefault((model, scaling), {})[seed] = growth(
+                    np.mean(places["complement"]), np.mean(places["ticket"]), LEAST["curvature"])
+    for scaling in SCALINGS:
+        own, dense = (bends.get((model, scaling), {}) for model in ("pmp", "dense"))
+        row13.markers.append(marker(scaling, own.values(), unit="log ratio"))
+        more13.markers.append(marker(scaling, by_seed(own, dense, lambda a, b: a - b), unit="log ratio"))
 
     row14 = Row("14 an outsider's step raises the loss (eq. 8)")
-    row15 = Row("15 more than an authorised step (Proposition 1)")
+    more14 = Row("   more than it does in dense")
+    row15 = Row("15 more than an authorised (Proposition 1)")
     steps = {(model, arm): changes(evidence, model, arm) for model in ("pmp", "dense")
              for arm in ("outsider", "authorised")}
     for i, size in enumerate(SIZES):
-        row14.markers.append(sign_marker(f"step {size:g}", [change[i] for change in steps["pmp", "outsider"].values()]))
-    for i, size in enumerate(SIZES):
         at = {key: {seed: change[i] for seed, change in found.items()} for key, found in steps.items()}
-        values = by_seed(at["pmp", "outsider"], at["dense", "outsider"], log_ratio)
-        row14.markers.append(marker(f"step {size:g}, against dense", values, unit="log ratio"))
-        row15.markers.append(marker(f"step {size:g}", excess(*at.values()), unit="log ratio"))
+        own, dense = at["pmp", "outsider"], at["dense", "outsider"]
+        row14.markers.append(marker(f"step {size:g}", [growth(change, 0, LEAST["step"]) for change in own.values()],
+                                    unit="signed log"))
+        more14.markers.append(marker(f"step {size:g}", by_seed(own, dense, partial(growth, least=LEAST["step"])),
+                                     unit="log ratio"))
+        row15.markers.append(marker(f"step {size:g}", excess(*at.values(), LEAST["step"]), unit="log ratio"))
 
-    row16 = Row("16 gradients do not tell the mask (5.2)")
-    found = evidence.measured("gradients", "pmp").values()
+    row16, row17 = Row("16 gradients do not tell the mask (5.2)"), Row("17 the mask cannot be recovered (5.2)")
     for label in ("all entries", "within tensors"):
-        row16.markers.append(marker(label, [result["auc"][label] for result in found], margin=TELLING, above=False,
+        found = [result["auc"][label] for result in evidence.measured("gradients", "pmp").values()]
+        row16.markers.append(marker(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
                                     unit="AUC"))
-    row17 = Row("17 the mask cannot be recovered (5.2)")
     chance = 0.7 / (2 - 0.7)
     for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
         _, values = strongest_attack(evidence, model)
-        row17.markers.append(marker(label, list(values.values()), margin=chance + OVERLAP, above=False, unit="IoU"))
-    return [row13, row14, row15, row16, row17]
+        row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU"))
+    return [row13, more13, row14, more14, row15, row16, row17]
+
+
+def dynamics(evidence):
+    """Rows 10 to 12. All arms have the dense model's rate and epochs, on which speed and forgetting depend."""
+    rows = [Row("10 outsiders are slower"), Row("11 outsiders forget more (after eq. 7)"),
+            Row("12 outsiders forget more than the authorised")]
+    for task in MAIN:
+        reached = [speed(evidence, arm, task, 0.8) for arm in ("pmp, same", "dense")]
+        rises = [evidence.rises(arm, task)
+                 for arm in ("pmp, same", "pmp + mask, same", "dense", "dense in mask, same")]
+        values = (by_seed(*reached, partial(growth, least=0.01)),
+                  by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
+        for row, found in zip(rows, values):
+            row.markers.append(marker(task, found, unit="log ratio"))
+    return rows
 
 
 def claims(results):
     """The rows of the table of verdicts, judged."""
     evidence = Evidence(results)
-    mid = np.array([0.5, 0.7, 0.9, 1.0]) - 0.775
-    slope = dict(zip(("rho0.5", "pmp", "rho0.9", "dense"), mid / (mid**2).sum()))
-    rows = [
+    shares = evidence.shares
+    middle = np.array([0.5, 0.7, 0.9, 1.0]) - 0.775
+    slope = dict(zip(("rho0.5", "pmp", "rho0.9", "dense"), middle / (middle**2).sum()))
+    untied = {"full": "untied-dense", "scratch": "untied scratch", "margin": TENTH}
+    row18 = Row("18 no adversary does better than on dense")
+    for task in MAIN:
+        dense, ours = best_arms(evidence, task)
+        row18.markers += shares({dense: 1, ours: -1}, margin=TENTH, tasks=(task,)) if dense else [
+            Marker(task, margin=100 * TENTH, unit="% of the gain")]
+    return correct([
         losses(evidence, "1 PMP preserves capability (4.2)", {
             "tied": ("pmp", "dense"), "untied": ("untied-pmp", "untied-dense"), "GPT-2": ("gpt2-pmp", "gpt2-dense")},
             EQUAL),
-        losses(evidence, "2 the ticket trains as well as a random mask (4.4)", {"tied": ("pmp", "random")}, CLOSE),
-        Row("3 outsiders gain less: full (4.2, 4.4)", evidence.shares({"dense": 1, "pmp": -1}, margin=TENTH)),
+        losses(evidence, "2 the ticket trains as well as a random mask (4.4)", {
+            "EarlyBird": ("pmp", "random"), "with the mean score": ("mean", "random")}, CLOSE),
+        Row("3 outsiders gain less: full (4.2, 4.4)", shares({"dense": 1, "pmp": -1}, margin=TENTH) + shares(
+            {"untied-dense": 1, "untied-pmp": -1}, **untied, suffix=", untied")),
         Row("4 outsiders gain less: LoRA (4.2)",
-            evidence.shares({"dense lora": 1, "pmp lora": -1}, "dense lora", margin=TENTH)),
-        Row("5 it is more than lost capability", evidence.shares({"matched": 1, "pmp": -1}, margin=TENTH)),
-        Row("6 authorised full beats the outsider's (4.3)", evidence.shares({"pmp + mask": 1, "pmp": -1})),
-        Row("7 authorised LoRA beats the outsider's (4.3)", evidence.shares({"pmp lora + mask": 1, "pmp lora": -1})),
-        Row("8 a random mask protects less (4.4)", evidence.shares({"random": 1, "pmp": -1})),
-        Row("9 a smaller ratio protects more (4.4)", evidence.shares(slope)),
-    ]
-    row10, row11 = Row("10 outsiders are slower"), Row("11 outsiders forget more (after eq. 7)")
-    row12 = Row("12 outsiders forget more than the authorised")
-    for task in MAIN:
-        row10.markers.append(marker(task, by_seed(*(speed(evidence, arm, task, 0.8) for arm in ("pmp", "dense")),
-                                                  log_ratio), unit="log ratio"))
-        rises = {arm: evidence.rises(arm, task) for arm in ("pmp", "dense", "pmp + mask", "dense in mask")}
-        row11.markers.append(marker(task, by_seed(rises["pmp"], rises["dense"], log_ratio), unit="log ratio"))
-        row12.markers.append(marker(task, excess(rises["pmp"], rises["pmp + mask"], rises["dense"],
-                                                 rises["dense in mask"]), unit="log ratio"))
-    rows += [row10, row11, row12, *geometry(evidence)]
-    row18 = Row("18 no adversary does better than on dense")
-    best = best_arms(evidence)
-    for i, task in enumerate(MAIN):
-        arms = best["dense"][task], best["pmp"][task]
-        row18.markers.append(evidence.shares({arms[0]: 1, arms[1]: -1}, margin=TENTH)[i] if all(arms)
-                             else Marker(task, unit="% of the gain"))
-    rows += [row18, Row("19 undertraining alone shows Table 1's pattern",
-                        evidence.shares({"literal-dense": 1, "literal-pmp": -1}))]
-    return correct(rows)
+            shares({"dense lora": 1, "pmp lora": -1}, full="dense lora", margin=TENTH)),
+        Row("5 it is more than lost capability (untied)", shares({"untied-matched": 1, "untied-pmp": -1}, **untied)),
+        Row("6 authorised full beats the outsider's (4.3)", shares({"pmp + mask": 1, "pmp": -1})),
+        Row("7 authorised LoRA beats the outsider's (4.3)", shares({"pmp lora + mask": 1, "pmp lora": -1})),
+        Row("8 a random mask protects less (4.4)", shares({"random": 1, "pmp": -1})),
+        Row("9 a smaller ratio protects more (4.4)", shares(slope)),
+        *dynamics(evidence), *geometry(evidence), row18,
+        Row("19 undertraining alone shows Table 1's pattern", shares({"literal-dense": 1, "literal-pmp": -1})),
+        Row("control: what is held back is seen", shares({"dense": 1, "rescaled": -1}, margin=TENTH)),
+        Row("control: a search undoes some of it", shares({"rescaled, searched": 1, "rescaled": -1})),
+    ])
 
 
 def spell(found):
