@@ -272,7 +272,8 @@ def strongest(scale, results):
     means = {arm: choosing_mean(scale, arm, results) for arm in scale.outsiders}
     if None in means.values():
         return None
-    plain = {arm: means[arm] + means[twin] for arm in means if (twin := arm.replace("pmp:", "dense:")) in means}
+    twins = {arm: arm.replace("pmp:", "dense:") for arm in means if arm.startswith("pmp:")}
+    plain = {arm: means[arm] + means[twin] for arm, twin in twins.items() if twin in means}
     guessing = {arm: mean for arm, mean in means.items() if ARMS[arm].how in NEEDS_GUESS}
     found = []
     for ranked, count in zip((plain, guessing), scale.strongest):

@@ -126,8 +126,8 @@ def recovery(evidence):
     if not folders:
         return table
     differ = sum(len(one["differing"]) + (not one["same_files"]) + (not one["same_header"]) for one in folders)
-    return (f"{table}\n\nThe release folders of PMP and of dense training were compared for {len(folders)} seeds, in all "
-            f"but the weights themselves: {differ} differences.")
+    return (f"{table}\n\nThe release folders of PMP and of dense training were compared for {len(folders)} seeds, in "
+            f"all but the weights themselves: {differ} differences.")
 
 
 def adversaries(evidence):

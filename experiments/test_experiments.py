@@ -72,6 +72,8 @@ def no_effect(job):
     if job.kind == "one_step":
         arms = ("outsider", "authorised", "complement", "authorised, same length", "complement, same length")
         return {"change": {arm: [[1e-3 * (1 + 0.1 * abs(noise))] * 3] for arm in arms}, "sizes": measures.SIZES}
+    if job.what["attack"] == "release folder":
+        return {"same_files": True, "differing": [], "same_header": True}
     return {"auc": 0.5, "iou": 0.54 + 0.01 * noise}
 
 
@@ -437,7 +439,7 @@ def test_students_t_by_the_book():
 
 def test_holms_correction_by_hand():
     rows = [verdicts.Row("a", [verdicts.Marker("x", estimate=1.0, p=p)]) for p in (0.01, 0.02, 0.04)]
-    rows.append(verdicts.Row("b", [verdicts.Marker("x", estimate=-1.0, p=0.001), verdicts.Marker("y")]))
+    rows.append(verdicts.Row("b", [verdicts.Marker("x", estimate=-1.0, p=0.001)]))
     verdicts.correct(rows)  # 0.004, 0.03, 0.04, 0.04
     assert [row.verdict for row in rows] == ["holds"] * 3 + ["does not hold"]
     rows = [verdicts.Row("a", [verdicts.Marker("x", estimate=1.0, p=p) for p in (0.03, 0.03)])]
@@ -459,14 +461,14 @@ def test_a_row_can_be_mixed_and_below_counts_as_for_the_claim():
 def test_a_planted_effect_is_found_and_none_where_there_is_none():
     def planted(job):
         result = no_effect(job)
-        if job.kind == "tune" and job.what["arm"] == "pmp":
+        if job.kind == "tune" and job.what["arm"] in ("pmp", "untied-pmp"):
             result["accuracy"] -= 10
         return result
     nothing = {row.claim.split()[0]: row.verdict for row in verdicts.claims(Made(no_effect))}
-    assert "holds" not in [nothing[number] for number in ("3", "5", "6", "8", "9", "11", "12")]
+    assert "holds" not in [nothing[number] for number in ("3", "5", "6", "8", "9", "11", "12", "18")]
     assert nothing["1"] == "holds" and nothing["3"] == "does not hold" and nothing["17"] == "holds"
     found = {row.claim.split()[0]: row for row in verdicts.claims(Made(planted))}
-    assert all(found[number].verdict == "holds" for number in ("3", "5", "6", "8")), found
+    assert [found[number].verdict for number in ("3", "5", "6", "8")] == ["holds"] * 4
     assert found["3"].markers[0].estimate == pytest.approx(100 / 3, abs=3)  # ten points of a gain of thirty
 
 
