@@ -802,27 +802,21 @@ def test_gpt2_without_network_names_tiktoken_cache_dir(tmp_path, monkeypatch):
 # data/: packing
 
 
-def test_packing_loses_and_repeats_no_token(tmp_path):
+def test_packing_loses_and_repeats_no_token_and_shuffles_inside_the_buffer(tmp_path):
     texts = make_texts(500)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    tokenizer, train, validation = prepared(path, tmp_path, shuffle_buffer=64)
-    found = decode_documents(tokenizer, packed(train)) + decode_documents(tokenizer, validation.file.bin.read_bytes())
-    assert collections.Counter(found) == collections.Counter(texts)
-    block = 32
-    n = train.n_blocks(block)
-    blocks = [train.read(i, 1, block) for i in range(n)]
-    assert np.concatenate(blocks).ravel().tolist() == train.file.memmap()[:n * block].tolist()
-
-
-def test_shuffling_is_seeded_and_stays_inside_the_buffer(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(500))
     orders = []
     for seed, cache in ((1, "a"), (1, "b"), (2, "a")):
-        tokenizer, train, _ = prepared(path, tmp_path / cache, seed=seed, shuffle_buffer=100)
+        tokenizer, train, validation = prepared(path, tmp_path / cache, seed=seed, shuffle_buffer=100)
         orders.append(decode_documents(tokenizer, packed(train)))
+    held_out = decode_documents(tokenizer, validation.file.bin.read_bytes())
+    assert all(collections.Counter(order + held_out) == collections.Counter(texts) for order in orders)
     source = [text for _, text in open_source(path).documents("train")]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][:100]) == sorted(source[:100]) and orders[0][:100] != source[:100]
+    write_jsonl(path, make_texts(500, seed=5))  # another corpus does not read the old cache
+    tokenizer, train, _ = prepared(path, tmp_path / "a", seed=1, shuffle_buffer=100)
+    assert decode_documents(tokenizer, packed(train)) != orders[0]
 
 
 def test_later_epochs_read_each_block_once_in_another_order(tmp_path):
@@ -833,24 +827,14 @@ def test_later_epochs_read_each_block_once_in_another_order(tmp_path):
     n = train.n_blocks(16)
     blocks = [tuple(train.read(i, 1, 16)[0].tolist()) for i in range(3 * n)]
     epochs = [blocks[:n], blocks[n:2 * n], blocks[2 * n:]]
+    assert np.array(epochs[0]).ravel().tolist() == train.file.memmap()[:16 * n].tolist()
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert (begin == train.read(0, 4, 16)).all()
     across = train.read(n - 2, 6, 16)  # the end of an epoch
     assert [tuple(block) for block in across.tolist()] == blocks[n - 2:n + 4]
     assert torch.equal(across, torch.cat([train.read(n - 2, 3, 16), train.read(n + 1, 3, 16)]))  # shared by two ranks
-    with pytest.raises(UserError, match=f"train text has {n} blocks of 16 tokens.*batch of {n + 1}.*--batch-size"):
-        train.read(0, n + 1, 16)
-
-
-def test_a_second_run_reads_the_same_bytes_with_no_request(pajama, tmp_path):
-    _, train, _ = prepared("slimpajama", tmp_path, shuffle_buffer=300)
-    data = packed(train)
-    pajama.asked.clear()
-    tokenizer, again, validation = prepared("slimpajama", tmp_path, shuffle_buffer=300)
-    assert again.read(0, 8, 32).shape == (8, 32) and validation.read(0, 2, 32).shape == (2, 32)
-    assert packed(again) == data and pajama.asked == []
-    assert decode_documents(tokenizer, validation.file.bin.read_bytes()) == pajama.texts["validation"]
+    fails(f"train text has {n} blocks of 16 tokens.*batch of {n + 1}.*--batch-size", train.read, 0, n + 1, 16)
 
 
 CHILD = """
@@ -865,75 +849,78 @@ while not train.file.state["done"]:
 """
 
 
-def start_child(server, cache):
-    """A process that prepares all of the made-up SlimPajama."""
-    return subprocess.Popen([sys.executable, "-c", CHILD, server.url + "rows", cache], cwd=HERE)
+def test_slimpajama_is_prepared_once_with_the_same_bytes_after_kill_9_and_by_two_processes_at_once(pajama, tmp_path):
+    def child(cache):
+        return subprocess.Popen([sys.executable, "-c", CHILD, pajama.url + "rows", tmp_path / cache], cwd=HERE)
 
-
-def test_after_kill_9_no_row_comes_twice_and_the_bytes_are_the_same(pajama, tmp_path):
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    _, train, _ = prepared("slimpajama", calm, shuffle_buffer=300)
+    _, train, _ = prepared("slimpajama", tmp_path / "calm", shuffle_buffer=300)
     expected = packed(train)
-    prepared("slimpajama", killed, 0, shuffle_buffer=300)  # the tokenizer and validation
+    pajama.asked.clear()
+    tokenizer, again, validation = prepared("slimpajama", tmp_path / "calm", shuffle_buffer=300)
+    assert again.read(0, 8, 32).shape == (8, 32) and validation.read(0, 2, 32).shape == (2, 32)
+    assert packed(again) == expected and pajama.asked == []
+    assert decode_documents(tokenizer, validation.file.bin.read_bytes()) == pajama.texts["validation"]
+
+    prepared("slimpajama", tmp_path / "killed", 0, shuffle_buffer=300)  # the tokenizer and validation
     pajama.answered.clear()
     pajama.faults = {("train", 500): ["hang"]}
-    child = start_child(pajama, killed)
+    killed = child("killed")
     assert pajama.hanging.wait(60)
-    child.kill()
-    child.wait()
+    killed.kill()
+    killed.wait()
     assert {row for _, row in pajama.answered} == set(range(500))
-    _, train, _ = prepared("slimpajama", killed, shuffle_buffer=300)
+    _, train, _ = prepared("slimpajama", tmp_path / "killed", shuffle_buffer=300)
     assert packed(train) == expected
-    assert sorted(row for _, row in pajama.answered) == list(range(1030))
+    assert sorted(row for _, row in pajama.answered) == list(range(1030))  # no row came twice
+
+    pajama.answered.clear()
+    assert [process.wait(120) for process in [child("shared"), child("shared")]] == [0, 0]
+    assert pajama.answered.count(("train", 999)) == 2  # for the tokenizer and for the tokens, not twice as often
+    assert expected == next((tmp_path / "shared").glob("*/train.bin")).read_bytes()
 
 
 def test_a_preparation_stopped_at_any_write_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "CHUNK", 16)
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
-    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=40)
-    expected = packed(train)
-
     class Killed(Exception):
         pass
 
-    def fsync_that_fails(when):
-        calls = itertools.count(1)
+    def fsync(file):
+        if next(calls) == when:
+            raise Killed
 
-        def fsync(file):
-            if next(calls) == when:
-                raise Killed
-
-        return fsync
-
-    for when in range(1, 100):
-        cache = tmp_path / f"killed{when}"
-        monkeypatch.setattr(os, "fsync", fsync_that_fails(when))
+    monkeypatch.setattr(pack, "CHUNK", 16)
+    monkeypatch.setattr(os, "fsync", fsync)  # the process is killed here, not the power
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    for when in range(100):  # at first never
+        cache, calls = tmp_path / f"killed{when}", itertools.count(1)
         try:
             _, train, _ = prepared(path, cache, shuffle_buffer=40)
-            packed(train)
-            break
+            whole = packed(train)
+            if when:
+                break
+            expected = whole
         except Killed:
-            pass
-        monkeypatch.setattr(os, "fsync", lambda file: None)  # the process is killed here, not the power
-        _, train, _ = prepared(path, cache, shuffle_buffer=40)
-        assert packed(train) == expected, f"stopped at write {when}"
+            _, train, _ = prepared(path, cache, shuffle_buffer=40)
+            assert packed(train) == expected, f"stopped at write {when}"
     assert 20 < when < 99
 
 
-def test_a_torn_end_is_cut_off_and_a_later_run_wanting_more_goes_on(tmp_path, monkeypatch):
+def test_torn_ends_are_cut_off_what_a_kill_left_half_written_goes_and_a_later_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "CHUNK", 10)
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
-    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=100)
-    expected = packed(train)
+    expected = packed(prepared(path, tmp_path / "calm", shuffle_buffer=100)[1])
     _, train, _ = prepared(path, tmp_path / "torn", 1000, shuffle_buffer=100)
     train.read(0, 4, 32)
     train.stream.thread.join()
     assert 1000 <= train.file.state["tokens"] < len(expected) / 4
-    with open(train.file.bin, "ab") as file:
-        file.write(b"torn")
-    with open(train.file.bin.with_name("window.spool"), "ab") as file:
-        file.write(b'[9999, "to')
+    folder = train.file.bin.parent
+    for name, torn in (("train.bin", b"torn"), ("window.spool", b'[9999, "to'), ("train.json.0badcafe.partial", b"x")):
+        with open(folder / name, "ab") as file:
+            file.write(torn)
     _, train, _ = prepared(path, tmp_path / "torn", shuffle_buffer=100)
+    assert packed(train) == expected and not list(folder.glob("*.partial"))
+    _, train, _ = prepared(path, tmp_path / "line", 0, shuffle_buffer=100)  # a line that lacks its end alone
+    train.file.bin.with_name("window.spool").write_text(json.dumps(next(open_source(path).documents("train"))))
+    _, train, _ = prepared(path, tmp_path / "line", shuffle_buffer=100)
     assert packed(train) == expected
 
 
@@ -948,24 +935,28 @@ def into_folder(path):
     path.mkdir()
 
 
+def written(text):
+    return lambda path: path.write_text(text)
+
+
 def edited(**entries):
     """Damage to a JSON file: other entries."""
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-@pytest.mark.parametrize("name, damage, complaint", [
+BAD_CACHES = [
     ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "train.bin is too short"),
-    ("train.bin", lambda path: path.unlink(), "train.bin is too short"),
+    ("train.bin", Path.unlink, "train.bin is too short"),
     ("train.bin", flip, "train.bin is damaged"),
     ("train.bin", into_folder, "train.bin is no regular file"),
     ("validation.bin", flip, "validation.bin is damaged"),
     ("validation.json", into_folder, "validation.json is no regular file"),
     ("train.json", into_folder, "train.json is no regular file"),
-    ("train.json", lambda path: path.unlink(), "train.json is missing"),
-    ("train.json", lambda path: path.write_text("{"), "train.json is not JSON"),
-    ("train.json", lambda path: path.write_text("[" * 100_000), "train.json is not JSON"),
-    ("train.json", lambda path: path.write_text("[]"), "train.json is not a JSON object"),
-    ("train.json", lambda path: path.write_text("{}"), "train.json is damaged"),
+    ("train.json", Path.unlink, "train.json is missing"),
+    ("train.json", written("{"), "train.json is not JSON"),
+    ("train.json", written("[" * 100_000), "train.json is not JSON"),
+    ("train.json", written("[]"), "train.json is not a JSON object"),
+    ("train.json", written("{}"), "train.json is damaged"),
     ("train.json", edited(tokens=-2), "train.json is damaged"),
     ("train.json", edited(tokens="8"), "train.json is damaged"),
     ("train.json", edited(tokens=True), "train.json is damaged"),
@@ -974,49 +965,20 @@ def edited(**entries):
     ("train.json", edited(tokens=10**15), "train.bin is too short"),
     ("train.json", edited(identity={"seed": 3}), "of other data"),
     ("lock", into_folder, "cannot use .*lock"),
-    ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "tokenizer.json is not JSON"),
-])
-def test_a_damaged_or_foreign_cache_is_named(tmp_path, name, damage, complaint):
+    ("tokenizer/tokenizer.json", written("{"), "tokenizer.json is not JSON"),
+]
+
+
+def test_a_damaged_or_foreign_cache_is_named(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
-    _, train, _ = prepared(path, tmp_path / "cache")
-    packed(train)
-    folder = train.file.bin.parent
-    if name == "lock":  # it is needed where there is something to prepare
-        (folder / "train.json").unlink(), (folder / "train.bin").unlink()
-    damage(folder / name)
-    with pytest.raises(UserError, match=complaint) as caught:
-        packed(prepared(path, tmp_path / "cache")[1])
-    assert "\n" not in str(caught.value)
-
-
-def test_what_killed_processes_left_half_written_goes_and_a_line_without_its_end_is_torn(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "CHUNK", 10)
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
-    _, train, _ = prepared(path, tmp_path / "calm", shuffle_buffer=100)
-    expected = packed(train)
-    _, train, _ = prepared(path, tmp_path / "torn", 0, shuffle_buffer=100)
-    folder = train.file.bin.parent
-    (folder / "train.json.0badcafe.partial").write_text("half")
-    (folder / "window.spool").write_text(json.dumps(next(open_source(path).documents("train"))))
-    _, train, _ = prepared(path, tmp_path / "torn", shuffle_buffer=100)
-    assert packed(train) == expected and not list(folder.glob("*.partial"))
-
-
-def test_a_changed_corpus_does_not_read_the_old_cache(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
-    _, train, _ = prepared(path, tmp_path / "cache")
-    old = packed(train)
-    write_jsonl(path, make_texts(60, seed=5))
-    _, train, _ = prepared(path, tmp_path / "cache")
-    assert packed(train) != old
-
-
-def test_processes_that_prepare_the_same_cache_at_once_agree(pajama, tmp_path):
-    children = [start_child(pajama, tmp_path / "shared") for _ in range(2)]
-    assert [child.wait(120) for child in children] == [0, 0]
-    assert pajama.answered.count(("train", 999)) == 2  # for the tokenizer and for the tokens, not twice as often
-    _, train, _ = prepared("slimpajama", tmp_path / "alone", shuffle_buffer=300)
-    assert packed(train) == next((tmp_path / "shared").glob("*/train.bin")).read_bytes()
+    packed(prepared(path, tmp_path / "whole")[1])
+    for number, (name, damage, expect) in enumerate(BAD_CACHES):
+        cache = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(number)))
+        (folder,) = cache.iterdir()
+        if name == "lock":  # it is needed where there is something to prepare
+            (folder / "train.json").unlink(), (folder / "train.bin").unlink()
+        damage(folder / name)
+        fails(expect, lambda: packed(prepared(path, cache)[1]))
 
 
 def test_what_stops_the_stream_reaches_the_reader_but_only_when_it_needs_more(tmp_path, monkeypatch):
@@ -1027,35 +989,46 @@ def test_what_stops_the_stream_reaches_the_reader_but_only_when_it_needs_more(tm
     monkeypatch.setattr(tokenizer_module, "TRAINING_CHARACTERS", 10_000)  # the tokenizer stops before the bad line
     _, train, _ = prepared(path, tmp_path, shuffle_buffer=50, validation_tokens=10)
     assert train.read(0, 2, 32).shape == (2, 32)
-    with pytest.raises(UserError, match="line 1001 is not JSON"):
-        packed(train)
+    fails("line 1001 is not JSON", packed, train)
     assert train.read(2, 2, 32).shape == (2, 32)
 
 
-def test_prose_is_prepared_once_and_read_from_the_cache_afterwards(tmp_path, monkeypatch):
-    tokenizer, train, validation = prepared("prose", tmp_path)
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory):
+    """(cache, first blocks) of the prose, which has been prepared there."""
+    cache = tmp_path_factory.mktemp("prose")
+    tokenizer, train, validation = prepared("prose", cache)
     packed(train)
     assert tokenizer.size == 4096 and validation.n_blocks(256) > 50 and train.n_blocks(256) > 3000
-    first = train.read(0, 8, 256)
+    return cache, train.read(0, 8, 256)
+
+
+def test_prose_is_prepared_once_and_read_from_the_cache_afterwards(prose, monkeypatch):
     monkeypatch.setattr(sources.Prose, "documents", None)  # nobody may ask for them again
-    _, train, _ = prepared("prose", tmp_path)
-    assert torch.equal(train.read(0, 8, 256), first)
+    assert torch.equal(prepared("prose", prose[0])[1].read(0, 8, 256), prose[1])
 
 
 # -----------------------------------------------------------------------------
 # stage I
 
 
+CODE = [line.strip() for line in pmp.topk_mask.__doc__.splitlines() if line.startswith("        ")]
+
+
 def exact_topk(scores, k):
-    flat = torch.cat([score.abs().flatten() for score in scores.values()])
-    order = torch.sort(flat, descending=True, stable=True).indices  # stable: ties in the order of their position
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[order[:k]] = True
-    return mask
+    """What the docstring of topk_mask computes: it sorts all scores, ties in the order of their position."""
+    names = {"torch": torch, "scores": scores, "k": k}
+    exec("\n".join(CODE), names)
+    assert len(CODE) == 3 and names["mask"].sum() == k
+    return names["mask"]
+
+
+def flat(masks):
+    return torch.cat([mask.flatten() for mask in masks.values()])
 
 
 @pytest.mark.parametrize("piece", [7, 2**20])
-@pytest.mark.parametrize("kind", ["random", "constant", "tied", "zeros", "mostly zero", "tiny", "wide"])
+@pytest.mark.parametrize("kind", ["random", "constant", "tied", "zeros", "mostly zero", "tiny", "wide", "turned"])
 def test_topk_mask_is_the_exact_global_topk(kind, piece, monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", piece)
     generator = torch.Generator().manual_seed(3)
@@ -1063,32 +1036,14 @@ def test_topk_mask_is_the_exact_global_topk(kind, piece, monkeypatch):
     draw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     change = {"random": lambda x: x, "constant": lambda x: x * 0 - 2.5, "tied": lambda x: x.round(),
               "zeros": lambda x: x * 0, "mostly zero": lambda x: x * (x > 1), "tiny": lambda x: x * 1e-40,
-              "wide": lambda x: x * 10 ** (8 * x)}[kind]
+              "wide": lambda x: x * 10 ** (8 * x), "turned": lambda x: x.transpose(0, -1)}[kind]  # not contiguous
     scores = {name: change(x) for name, x in draw.items()}
-    d = sum(x.numel() for x in scores.values())
+    all_scores = flat(scores).abs()
+    d = len(all_scores)
     for k in (1, 2, d // 3, int(0.7 * d), d - 1, d):
-        masks = pmp.topk_mask(scores, k)
-        flat = torch.cat([mask.flatten() for mask in masks.values()])
-        assert flat.sum() == k
-        assert torch.equal(flat, exact_topk(scores, k))
-        top = torch.cat([score.abs().flatten() for score in scores.values()])
-        assert torch.equal(top[flat].sort().values, torch.topk(top, k).values.sort().values)
-
-
-def test_topk_mask_of_scores_that_are_not_contiguous_is_exact():
-    scores = {"a": torch.randn(6, 5).t(), "b": torch.randn(4, 3, 2).permute(2, 0, 1)}
-    for k in (1, 13, 40):
-        masks = pmp.topk_mask(scores, k)
-        assert torch.equal(torch.cat([mask.flatten() for mask in masks.values()]), exact_topk(scores, k))
-
-
-def test_the_docstring_of_topk_mask_is_what_it_computes():
-    scores = {"a": torch.randn(17, 5).round(), "b": torch.randn(60)}
-    code = [line.strip() for line in pmp.topk_mask.__doc__.splitlines() if line.startswith("        ")]
-    names = {"torch": torch, "scores": scores, "k": 70}
-    exec("\n".join(code), names)
-    masks = pmp.topk_mask(scores, 70)
-    assert len(code) == 3 and torch.equal(torch.cat([mask.flatten() for mask in masks.values()]), names["mask"])
+        mask = flat(pmp.topk_mask(scores, k))
+        assert torch.equal(mask, exact_topk(scores, k))
+        assert torch.equal(all_scores[mask].sort().values, torch.topk(all_scores, k).values.sort().values)
 
 
 def test_scores_by_hand():
@@ -1124,27 +1079,21 @@ def test_early_bird_wants_successive_stable_steps(stable, ends):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-tied"])
-def test_density_by_kind_covers_every_parameter_once(kind):
-    model = small_model(kind)
-    params = dict(model.named_parameters())
-    masks = pmp.random_mask(params, 5000, b"s")
-    for name, mask in masks.items():
+def test_a_random_mask_is_exact_and_secret_and_density_by_kind_covers_every_parameter_once(kind):
+    params = dict(small_model(kind).named_parameters())
+    a, b, c = (pmp.random_mask(params, 5000, secret) for secret in (b"1", b"1", b"2"))
+    assert sum(int(mask.sum()) for mask in a.values()) == 5000
+    assert pmp.iou(a, b) == 1 and pmp.iou(a, c) < 0.4
+    for name, mask in a.items():
         if "v_proj" in name:
             mask.fill_(False)
         if "c_attn.weight" in name:
             mask[:, -32:] = False
         if "c_attn.bias" in name:
             mask[-32:] = False
-    density = pmp.density_by_kind(masks)
+    density = pmp.density_by_kind(a)
     assert density["v"] == 0 and 0 < density["q"] < 1
     assert list(density) == ["embedding", "q", "k", "v", "o", "mlp", "norm"] + (["head"] if kind == "llama" else [])
-
-
-def test_a_random_mask_is_exact_and_secret():
-    params = dict(small_model().named_parameters())
-    a, b, c = (pmp.random_mask(params, 12345, secret) for secret in (b"1", b"1", b"2"))
-    assert sum(int(mask.sum()) for mask in a.values()) == 12345
-    assert pmp.iou(a, b) == 1 and pmp.iou(a, c) < 0.8
 
 
 # -----------------------------------------------------------------------------
@@ -1194,74 +1143,6 @@ def test_on_the_ticket_it_is_adamw_written_out_with_the_mask():
     assert all(torch.allclose(p.double(), theta[name], atol=1e-6) for name, p in params.items())
 
 
-def test_the_state_of_the_optimizer_survives_a_checkpoint():
-    params = dict(small_model().named_parameters())
-    optimizer = pmp.MaskedAdamW(params, None, 0.1)
-    random_gradients(params, 0)
-    optimizer.step(0.01)
-    copied = copy.deepcopy(params)
-    again = pmp.MaskedAdamW(copied, None, 0.1)
-    again.load_state(optimizer.state())
-    for pair in ((params, optimizer), (copied, again)):
-        random_gradients(pair[0], 1)
-        pair[1].step(0.01)
-    assert all(torch.equal(p, copied[name]) for name, p in params.items())
-
-
-def test_micro_batches_give_the_gradient_of_the_whole_mini_batch():
-    idx, gradients = tokens(6, 24), []
-    for split in ([6], [2, 2, 2], [4, 2], [1] * 6):
-        model = small_model()
-        loss = gradient(model, list(idx.split(split)), CPU)
-        assert loss == pytest.approx(model(idx, idx).item(), abs=1e-5)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert all((other - gradients[0]).norm() < 1e-5 * gradients[0].norm() for other in gradients[1:])
-
-
-class Careless(pmp.MaskedAdamW):
-    """A fork's optimizer that forgets the mask, from its second step on."""
-
-    def step(self, lr, clip=math.inf):
-        norm = super().step(lr, clip)
-        self.masks = {}
-        return norm
-
-
-def test_a_fork_that_moves_the_complement_is_told_at_the_next_validation(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(pmp, "MaskedAdamW", Careless)
-    with pytest.raises(UserError, match="the complement of model.embed_tokens.weight has moved by update 3, .*eq. 5"):
-        pmp.main([*flags, "--mask", "random", "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out" / "release").exists()
-    monkeypatch.setattr(pmp, "COMPLEMENT_MOVES", True)
-    pmp.main([*flags, "--mask", "random", "--out", str(tmp_path / "told")])
-    assert (tmp_path / "told" / "release").exists()
-
-
-def test_a_complement_that_moved_is_not_released(finished, tmp_path):
-    model = load_folder(finished / "release", FAMILIES)
-    masks = pmp.load_mask(finished / "private" / "mask.safetensors", dict(model.named_parameters()))
-    frozen = (~masks["lm_head.weight"]).nonzero()[0]
-    with torch.no_grad():
-        model.lm_head.weight[tuple(frozen)] += 1e-7
-    folder = types.SimpleNamespace(private=tmp_path, release=tmp_path / "release")
-    run = types.SimpleNamespace(model=model, secret=secret_of(finished), folder=folder)
-    with pytest.raises(UserError, match="1 entries of the complement have left theta"):
-        pmp.release(run, masks)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_ticket_is_the_topk_of_the_last_gradient_of_the_warm_up(flags, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(pmp, "topk_mask", lambda scores, k: seen.append(
-        {name: g.clone() for name, g in scores.items()}) or tensors.top_k(scores, k))
-    pmp.main([*flags, "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "out")])
-    params = weights(tmp_path / "out")
-    masks = pmp.load_mask(tmp_path / "out" / "private" / "mask.safetensors", params)
-    k = math.floor(0.7 * sum(p.numel() for p in params.values()))
-    assert len(seen) == 3
-    assert torch.equal(torch.cat([masks[name].flatten() for name in seen[-1]]), exact_topk(seen[-1], k))
-
-
 def test_without_masks_it_is_torch_adamw():
     params = dict(small_model().named_parameters())
     reference = copy.deepcopy(params)
@@ -1279,20 +1160,25 @@ def test_without_masks_it_is_torch_adamw():
     assert all(torch.allclose(p, reference[name], atol=1e-6) for name, p in params.items())
 
 
-def test_the_norm_is_that_of_the_masked_gradient():
-    params = {"w": torch.nn.Parameter(torch.zeros(4))}
-    optimizer = pmp.MaskedAdamW(params, {"w": torch.tensor([True, False, True, False])}, 0.0)
+def test_the_norm_is_that_of_the_masked_gradient_and_an_infinite_one_changes_nothing():
+    params = {"w": torch.nn.Parameter(torch.ones(4))}
+    optimizer = pmp.MaskedAdamW(params, {"w": torch.tensor([True, False, True, False])}, 0.1)
+    params["w"].grad = torch.tensor([3.0, 100.0, math.inf, -100.0])
+    with pytest.raises(FloatingPointError):
+        optimizer.step(0.1)
+    assert (params["w"] == 1).all()
     params["w"].grad = torch.tensor([3.0, 100.0, 4.0, -100.0])
     assert optimizer.step(0.1, clip=1.0) == 5.0
 
 
-def test_an_infinite_gradient_changes_nothing():
-    params = {"w": torch.nn.Parameter(torch.ones(2, 2))}
-    optimizer = pmp.MaskedAdamW(params, None, 0.1)
-    params["w"].grad = torch.tensor([[1.0, math.inf], [0, 0]])
-    with pytest.raises(FloatingPointError):
-        optimizer.step(0.1)
-    assert (params["w"] == 1).all()
+def test_micro_batches_give_the_gradient_of_the_whole_mini_batch():
+    idx, gradients = tokens(6, 24), []
+    for split in ([6], [2, 2, 2], [4, 2], [1] * 6):
+        model = small_model()
+        loss = gradient(model, list(idx.split(split)), CPU)
+        assert loss == pytest.approx(model(idx, idx).item(), abs=1e-5)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all((other - gradients[0]).norm() < 1e-5 * gradients[0].norm() for other in gradients[1:])
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
@@ -1301,6 +1187,49 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+class Careless(pmp.MaskedAdamW):
+    """A fork's optimizer that forgets the mask, from its second step on."""
+
+    def step(self, lr, clip=math.inf):
+        norm = super().step(lr, clip)
+        self.masks = {}
+        return norm
+
+
+def test_a_fork_that_moves_the_complement_is_told_at_the_next_validation(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(pmp, "MaskedAdamW", Careless)
+    fails("the complement of model.embed_tokens.weight has moved by update 3, .*eq. 5",
+          pmp.main, [*flags, "--mask", "random", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "release").exists()
+    monkeypatch.setattr(pmp, "COMPLEMENT_MOVES", True)
+    pmp.main([*flags, "--mask", "random", "--out", str(tmp_path / "told")])
+    assert (tmp_path / "told" / "release").exists()
+
+
+def test_a_complement_that_moved_is_not_released(finished, tmp_path):
+    model = load_folder(finished / "release", FAMILIES)
+    masks = pmp.load_mask(finished / "private" / "mask.safetensors", dict(model.named_parameters()))
+    frozen = (~masks["lm_head.weight"]).nonzero()[0]
+    with torch.no_grad():
+        model.lm_head.weight[tuple(frozen)] += 1e-7
+    folder = types.SimpleNamespace(private=tmp_path, release=tmp_path / "release")
+    run = types.SimpleNamespace(model=model, secret=secret_of(finished), folder=folder)
+    fails("1 entries of the complement have left theta", pmp.release, run, masks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ticket_is_the_topk_of_the_last_gradient_of_the_warm_up(flags, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pmp, "topk_mask", lambda scores, k: seen.append(
+        {name: g.clone() for name, g in scores.items()}) or tensors.top_k(scores, k))
+    pmp.main([*flags, "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "out")])
+    params = weights(tmp_path / "out")
+    masks = pmp.load_mask(tmp_path / "out" / "private" / "mask.safetensors", params)
+    k = math.floor(0.7 * sum(p.numel() for p in params.values()))
+    assert len(seen) == 3
+    assert torch.equal(torch.cat([masks[name].flatten() for name in seen[-1]]), exact_topk(seen[-1], k))
 
 
 # -----------------------------------------------------------------------------
