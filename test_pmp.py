@@ -12,16 +12,19 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -59,7 +62,7 @@ from runtime.files import UserError, atomic
 from runtime.folder import Folder
 from runtime.huggingface import config_from_dict, config_to_dict, load_folder, save_folder
 from runtime.machine import Machine
-from runtime.parallel import memory_per_rank
+from runtime.parallel import leave_ranks, memory_per_rank, whole
 from runtime.safetensors import fingerprint, load_safetensors, save_safetensors
 from runtime.training import gradient
 
@@ -1209,8 +1212,7 @@ def test_a_fork_that_moves_the_complement_is_told_at_the_next_validation(flags, 
 
 
 def test_a_complement_that_moved_is_not_released(finished, tmp_path):
-    model = load_folder(finished / "release", FAMILIES)
-    masks = pmp.load_mask(finished / "private" / "mask.safetensors", dict(model.named_parameters()))
+    model, masks = load_folder(finished / "release", FAMILIES), ticket(finished)
     frozen = (~masks["lm_head.weight"]).nonzero()[0]
     with torch.no_grad():
         model.lm_head.weight[tuple(frozen)] += 1e-7
@@ -1220,16 +1222,16 @@ def test_a_complement_that_moved_is_not_released(finished, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_ticket_is_the_topk_of_the_last_gradient_of_the_warm_up(flags, tmp_path, monkeypatch):
+def test_the_ticket_is_the_topk_of_the_last_gradient_of_the_warm_up_however_long_stage_2_is(
+        flags, alone, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(pmp, "topk_mask", lambda scores, k: seen.append(
         {name: g.clone() for name, g in scores.items()}) or tensors.top_k(scores, k))
-    pmp.main([*flags, "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "out")])
-    params = weights(tmp_path / "out")
-    masks = pmp.load_mask(tmp_path / "out" / "private" / "mask.safetensors", params)
-    k = math.floor(0.7 * sum(p.numel() for p in params.values()))
-    assert len(seen) == 3
-    assert torch.equal(torch.cat([masks[name].flatten() for name in seen[-1]]), exact_topk(seen[-1], k))
+    pmp.main([*flags, *SAME, "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "out")])
+    masks, others = ticket(tmp_path / "out"), ticket(alone)
+    k = math.floor(0.7 * sum(mask.numel() for mask in masks.values()))
+    assert len(seen) == 3 and pmp.iou(masks, others) == 1
+    assert torch.equal(flat({name: masks[name] for name in seen[-1]}), exact_topk(seen[-1], k))
 
 
 # -----------------------------------------------------------------------------
@@ -1257,7 +1259,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flags(corpus, cache):
     """Flags of a run that takes about a second: weight decay, accumulation, clipping and bf16 (where it is) are on."""
-    return ["--data", str(corpus), "--cache", str(cache), "--block-size", "32", "--batch-size", "2",
+    return ["--preset", "mini", "--data", str(corpus), "--cache", str(cache), "--block-size", "32", "--batch-size", "2",
             "--grad-accum", "2", "--steps", "6", "--warmup", "2", "--eb-steps", "3", "--val-every", "3",
             "--val-blocks", "8", "--save-every", "2", "--lr", "1e-3"]
 
@@ -1272,6 +1274,17 @@ def finished(flags, tmp_path_factory):
     return out
 
 
+SAME = ["--init-seed", "3", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="session")
+def alone(flags, tmp_path_factory):
+    """The folder of a run in one process, which others repeat."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    pmp.main([*flags, *SAME, "--out", str(out)])
+    return out
+
+
 def command(*flags, script="pmp.py", **kwargs):
     return subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, timeout=300, **kwargs)
@@ -1281,14 +1294,72 @@ def weights(out):
     return load_safetensors(Path(out) / "release" / "model.safetensors")[0]
 
 
+def ticket(out):
+    return pmp.load_mask(out / "private" / "mask.safetensors", weights(out))
+
+
 def secret_of(out):
     return bytes.fromhex(json.loads((out / "private" / "run.json").read_text())["init_secret"])
 
 
+def logged_losses(out):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [(line["stage"], line["step"], line["loss"]) for line in lines]
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_pmp", "torch.distributed.fsdp"])
+
+
+def enter(main, flags, output, environment):
+    """In a new process: main(flags), as the command line runs it, all that it prints in a file."""
+    with open(output, "ab", 0) as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    command_line(lambda: main(flags))
+
+
+class Started:
+    """A command like `python pmp.py`, as so many ranks, in processes whose imports are done: this saves two seconds."""
+
+    def __init__(self, main, *flags, ranks=1):
+        self.output = tempfile.NamedTemporaryFile()
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = str(unused.getsockname()[1])
+        self.processes = []
+        for rank in map(str, range(ranks)):
+            environment = {"WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port} if ranks > 1 else {}
+            arguments = main, [str(flag) for flag in flags], self.output.name, environment
+            self.processes.append(FORKS.Process(target=enter, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def poll(self):
+        """None while all of the processes run, as subprocess has it."""
+        return None if all(process.is_alive() for process in self.processes) else "ended"
+
+    def send_signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def end(self):
+        """(the exit codes, all that was printed), once it has ended."""
+        for process in self.processes:
+            process.join(120)
+        return [process.exitcode for process in self.processes], Path(self.output.name).read_text()
+
+
+def wait_for(process, out, stage, step):
+    """Return once a run has logged that step."""
+    mark, deadline = f'"stage": "{stage}", "step": {step},', time.time() + 120
+    while not ((out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+
+
 def test_a_real_run_leaves_the_complement_at_theta_0(finished):
-    model = load_folder(finished / "release", FAMILIES)
+    model, masks = load_folder(finished / "release", FAMILIES), ticket(finished)
     params = dict(model.named_parameters())
-    masks = pmp.load_mask(finished / "private" / "mask.safetensors", params)
     d = sum(p.numel() for p in params.values())
     assert sum(int(mask.sum()) for mask in masks.values()) == math.floor(0.7 * d)
     moved = 0
@@ -1303,7 +1374,7 @@ def test_a_real_run_leaves_the_complement_at_theta_0(finished):
     assert pmp.complement_moved(model, masks, secret_of(finished)) > 0  # the check that guards the release can fail
 
 
-def test_a_run_says_what_it_does(finished):
+def test_a_run_says_what_it_does_and_its_private_files_are_for_the_owner_alone(finished):
     text = (finished / "stdout").read_text()
     assert "the ticket is the last mask" in text and "chance 0.538" in text
     assert "released" in text and "\r" not in text
@@ -1313,12 +1384,17 @@ def test_a_run_says_what_it_does(finished):
     assert all("val_loss" in line for line in lines[5::3]) and all(0 < line["iou"] < 1 for line in lines[1:3])
     vocabulary = load_folder(finished / "release", FAMILIES).config.vocab_size
     assert lines[3]["loss"] == pytest.approx(math.log(vocabulary), abs=0.4)
+    private = finished / "private"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in private.iterdir()} == dict.fromkeys(
+        ("mask.safetensors", "checkpoint.safetensors", "run.json", "density.json", "lock"), 0o600)
 
 
 def test_every_byte_beside_the_weights_is_the_same_with_and_without_pmp(finished, flags, tmp_path):
     dense = tmp_path / "dense"
     pmp.main([*flags, "--rho", "1.0", "--out", str(dense)])
     assert not (dense / "private" / "mask.safetensors").exists()
+    assert len(secret_of(dense)) == len(secret_of(finished)) == 32 and secret_of(dense) != secret_of(finished)
     names = {path.name for path in (finished / "release").iterdir()}
     assert names == {path.name for path in (dense / "release").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
@@ -1337,19 +1413,12 @@ GOLDEN_LOSSES = [  # 3 steps of stage I, 30 updates of stage II
     2.124]
 
 
-def test_the_loss_curve_of_30_updates_is_the_one_on_record(flags, tmp_path):
+def test_the_loss_curve_of_30_updates_is_the_one_on_record(flags, tmp_path, capsys):
     """Tolerance 0.02 nats: other summation orders move a few mask bits at the threshold, then the curve a little."""
-    pmp.main([*flags, "--init-seed", "1", "--dtype", "fp32", "--steps", "30", "--warmup", "3", "--out",
-              str(tmp_path / "out")])
+    pmp.main([*flags, "--preset", "tiny", "--init-seed", "1", "--dtype", "fp32", "--steps", "30", "--warmup", "3",
+              "--out", str(tmp_path / "out")])
     assert [loss for *_, loss in logged_losses(tmp_path / "out")] == pytest.approx(GOLDEN_LOSSES, abs=0.02)
-
-
-def test_private_files_are_for_the_owner_alone(finished):
-    private = finished / "private"
-    assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    assert {path.name for path in private.iterdir()} == {"mask.safetensors", "checkpoint.safetensors", "run.json",
-                                                         "density.json", "lock"}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in private.iterdir()} == {0o600}
+    assert "redraw the initial weights" in capsys.readouterr().out
 
 
 def test_the_mask_takes_one_bit_a_parameter_and_belongs_to_one_release(finished, tmp_path):
@@ -1358,39 +1427,11 @@ def test_the_mask_takes_one_bit_a_parameter_and_belongs_to_one_release(finished,
     assert d / 8 < mask.stat().st_size < d / 8 + 20_000
     masks = pmp.load_mask(mask, params)
     assert all(torch.equal(masks[name], pmp.unpack_mask(pmp.pack_mask(masks), params)[name]) for name in params)
-    params["model.norm.weight"] = params["model.norm.weight"] + 1e-6
-    with pytest.raises(UserError, match="another release"):
-        pmp.load_mask(mask, params)
     damaged = tmp_path / "mask.safetensors"
     damaged.write_bytes(mask.read_bytes()[:-100] + b"\0" * 100)
-    with pytest.raises(UserError, match="damaged"):
-        pmp.load_mask(damaged, weights(finished))
-
-
-def test_two_runs_draw_different_initial_weights_unless_told(finished, flags, tmp_path, capsys):
-    for name in ("a", "b"):
-        pmp.main([*flags, "--mask", "random", "--steps", "2", "--out", str(tmp_path / name), "--init-seed", "7"])
-    assert "redraw the initial weights" in capsys.readouterr().out
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert fingerprint(a) == fingerprint(b)
-    assert len(secret_of(finished)) == 32 and secret_of(finished) != secret_of(tmp_path / "a")
-
-
-def test_mean_score_can_become_stable(flags, tmp_path, capsys):
-    pmp.main([*flags, "--score", "mean", "--eb-steps", "30", "--eb-iou", "0.9", "--eb-patience", "2", "--steps", "2",
-              "--out", str(tmp_path / "out")])
-    assert "the mask is stable" in capsys.readouterr().out
-
-
-def start_and_wait(flags, out, stage, step):
-    """Start a run in `out` and return its process once it has logged that step."""
-    process = subprocess.Popen([sys.executable, str(HERE / "pmp.py"), *flags], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    mark, deadline = f'"stage": "{stage}", "step": {step},', time.time() + 120
-    while not ((out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text()):
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
-        time.sleep(0.005)
-    return process
+    fails("damaged", pmp.load_mask, damaged, params)
+    params["model.norm.weight"] = params["model.norm.weight"] + 1e-6
+    fails("another release", pmp.load_mask, mask, params)
 
 
 def test_kill_minus_9_and_resume_end_with_the_same_bits(flags, tmp_path):
@@ -1398,69 +1439,63 @@ def test_kill_minus_9_and_resume_end_with_the_same_bits(flags, tmp_path):
     pmp.main([*flags, "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
     for stage, step in (("I", 2), ("II", 3), ("II", 7)):  # in the warm-up, between two checkpoints, near the end
-        begin = flags + ["--out", str(out)] if stage == "I" else ["--resume", str(out)]
-        process = start_and_wait(begin, out, stage, step)
-        process.kill()
-        process.communicate()
+        process = Started(pmp.main, *(flags + ["--out", out] if stage == "I" else ["--resume", out]))
+        wait_for(process, out, stage, step)
+        process.send_signal(signal.SIGKILL)
+        process.end()
     result = command("--resume", out)
     assert result.returncode == 0 and "going on after update" in result.stdout
     assert fingerprint(weights(out)) == fingerprint(weights(tmp_path / "whole"))
     assert logged_losses(out) == logged_losses(tmp_path / "whole")
 
 
-def logged_losses(out):
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [(line["stage"], line["step"], line["loss"]) for line in lines]
-
-
 def test_ctrl_c_saves_and_says_how_to_resume(flags, tmp_path):
     out = tmp_path / "out"
-    process = start_and_wait([*flags, "--steps", "400", "--save-every", "400", "--out", str(out)], out, "II", 3)
+    process = Started(pmp.main, *flags, "--steps", "400", "--save-every", "400", "--out", out)
+    wait_for(process, out, "II", 3)
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"--resume {out}" in text and "Traceback" not in text
+    codes, text = process.end()
+    assert codes == [130] and f"--resume {out}" in text and "Traceback" not in text
     saved = int(load_safetensors(out / "private" / "checkpoint.safetensors")[1]["step"])
     assert f"saved after update {saved}" in text and saved >= 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path, capsys):
     out = tmp_path / "out"
-    result = command(*flags, "--lr", "1e30", "--weight-decay", "0", "--mask", "random", "--save-every", "1",
-                     "--out", out)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "of stage II: the " in result.stderr and "lower --lr" in result.stderr
+    error = bad(*flags, "--lr", "1e30", "--weight-decay", "0", "--mask", "random", "--save-every", "1", "--out", out,
+                expect="of stage II: the ", capsys=capsys, code=1)
+    assert "lower --lr" in error and not (out / "release").exists()
     tensors, state = load_safetensors(out / "private" / "checkpoint.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values()) and int(state["step"]) < 6
-    assert not (out / "release").exists()
 
 
-def test_compile_or_its_fallback_trains(flags, tmp_path, monkeypatch, capsys):
+def test_a_mean_score_becomes_stable_and_where_compile_does_not_work_a_run_does_without(
+        flags, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("no compiler")
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     try:
-        pmp.main([*flags, "--compile", "on", "--out", str(tmp_path / "out")])
+        pmp.main([*flags, "--compile", "on", "--score", "mean", "--eb-steps", "30", "--eb-iou", "0.9",
+                  "--eb-patience", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     finally:
         torch.compiler.set_stance("default")
-    assert "torch.compile does not work here" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "torch.compile does not work here" in text and "the mask is stable" in text
     assert weights(tmp_path / "out")
 
 
-def test_a_default_that_was_not_typed_gives_way_and_a_typed_contradiction_is_refused():
-    config, _, _ = pmp.parse(["--steps", "20"])
-    assert (config.steps, config.warmup) == (20, 2)
-    assert pmp.parse([])[0].warmup == 60 and pmp.parse(["--preset", "gpt2"])[0].warmup == 2000
-    with pytest.raises(UserError, match="--warmup 30 is longer than the run"):
-        pmp.parse(["--steps", "20", "--warmup", "30"])
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypatch):
+    out, real, calls = tmp_path / "out", os.fsync, []
 
-
-def test_the_ticket_does_not_depend_on_the_length_of_stage_2(flags, tmp_path):
-    masks = []
-    for steps in ("1", "4"):
-        out = tmp_path / steps
-        pmp.main([*flags, "--init-seed", "1", "--steps", steps, "--warmup", "0", "--out", str(out)])
-        masks.append(pmp.load_mask(out / "private" / "mask.safetensors", weights(out)))
-    assert pmp.iou(*masks) == 1
+    def full(number):
+        calls.append(number)
+        if len(calls) > 6 and list(out.rglob("checkpoint.safetensors")):
+            raise OSError(28, "No space left on device")
+        return real(number)
+    monkeypatch.setattr(os, "fsync", full)
+    bad(*flags, "--save-every", "1", "--out", out, expect="no space left to write", capsys=capsys)
+    assert load_safetensors(out / "private" / "checkpoint.safetensors")[0]
+    assert not list(out.rglob("*.partial"))
 
 
 def test_a_plan_writes_nothing_and_counts_what_a_run_would_take(tmp_path, monkeypatch, capsys):
@@ -1476,31 +1511,31 @@ def test_a_plan_writes_nothing_and_counts_what_a_run_would_take(tmp_path, monkey
     assert f"FLOPs: {134_400 * model.flops_per_token(32):.2e}" in text
 
 
-def test_help_fits_80_columns_and_has_examples(monkeypatch, capsys):
+def test_help_and_the_progress_line_fit_80_columns_and_a_default_that_was_not_typed_gives_way(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     for main, example in ((pmp.main, "python pmp.py --rho 0.7"), (glue.main, "python glue.py out/release --standin")):
         with pytest.raises(SystemExit):
             main(["-h"])
         text = capsys.readouterr().out
         assert example in text and max(map(len, text.splitlines())) <= 80
-
-
-def test_the_progress_line_with_rate_and_validation_loss_fits_80_columns(monkeypatch, capsys):
     progress = Progress(None, 1024)
     monkeypatch.setattr(progress, "terminal", True)
-    monkeypatch.setenv("COLUMNS", "80")
     progress.step("II", 19999, 20000, loss=10.123, lr=1.5e-3, grad_norm=1.23)
     time.sleep(0.01)
     progress.step("II", 20000, 20000, loss=10.123, val_loss=10.456, lr=1.5e-3, grad_norm=1.23)
     line = capsys.readouterr().out.split("\r\033[K")[-1].rstrip("\n")
     assert len(line) < 80 and "tokens/s" in line and "val 10.456" in line
+    config, _, _ = pmp.parse(["--steps", "20"])
+    assert (config.steps, config.warmup) == (20, 2)
+    assert pmp.parse([])[0].warmup == 60 and pmp.parse(["--preset", "gpt2"])[0].warmup == 2000
 
 
 def test_a_release_continues_a_text(finished, capsys):
-    model_module.main([str(finished / "release"), "--prompt", "The cat", "--tokens", "5"])
-    first = capsys.readouterr().out
-    model_module.main([str(finished / "release"), "--prompt", "The cat", "--tokens", "5"])
-    assert first.startswith("The cat") and first == capsys.readouterr().out
+    texts = []
+    for _ in range(2):
+        model_module.main([str(finished / "release"), "--prompt", "The cat", "--tokens", "5"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("The cat") and texts[0] == texts[1]
     bad(finished / "release", "--temperature", "0", expect="--temperature 0.0", capsys=capsys, main=model_module.main)
     bad("gpt2", expect="names are not fetched", capsys=capsys, main=model_module.main)
 
@@ -1512,18 +1547,19 @@ def test_a_release_continues_a_text(finished, capsys):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_pmp_on_one_screen_runs(tmp_path):
-    """With fewer updates; what it asserts is that the complement is theta(0)."""
+def test_the_readmes_pmp_on_one_screen_runs(prose, capsys):
+    """With fewer updates, and text that is prepared already; what it asserts is that the complement is theta(0)."""
     code = README.split("```python\n")[1].split("```")[0]
-    for whole, part in (("range(200)", "range(2)"), ("range(20)", "range(2)"), ("step % 50 == 49", "True")):
-        assert whole in code
-        code = code.replace(whole, part)
-    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "70% of the weights moved" in result.stdout, result.stderr
-    assert 20 <= len(README.split("```python\n")[1].split("```")[0].splitlines()) <= 45
+    assert 20 <= len(code.splitlines()) <= 45
+    for long, short in (("range(200)", "range(2)"), ("range(20)", "range(2)"), ("step % 50 == 49", "True"),
+                        ("want_tokens=300_000", f"want_tokens=300_000, cache={str(prose[0])!r}")):
+        assert long in code
+        code = code.replace(long, short)
+    exec(code, {})
+    assert "70% of the weights moved" in capsys.readouterr().out
 
 
-def test_the_readmes_map_names_code_and_tests_that_exist():
+def test_the_readmes_map_names_code_and_tests_that_exist_and_the_files_that_it_shows_do():
     tests = HERE.joinpath("test_pmp.py").read_text()
     rows = [line.split("|")[1:4] for line in README.split("| paper |")[1].split("\n\n")[0].splitlines()[2:]]
     assert len(rows) >= 6
@@ -1532,9 +1568,6 @@ def test_the_readmes_map_names_code_and_tests_that_exist():
             assert hasattr(glue, name.removeprefix("glue.")) if name.startswith("glue.") else hasattr(pmp, name), name
         for name in re.findall(r"`(test_\w+)`", test):
             assert f"def {name}(" in tests, name
-
-
-def test_files_that_the_readme_shows_exist():
     for page in (HERE / "README.md", HERE / "experiments" / "README.md"):
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), target
@@ -1545,67 +1578,12 @@ def bad(*flags, expect, capsys, code=2, main=pmp.main):
         command_line(lambda: main([str(flag) for flag in flags]))
     error = capsys.readouterr().err
     assert leave.value.code == code and expect in error and "Traceback" not in error, error
-
-
-@pytest.mark.parametrize("change, expect", [
-    (["--rho", "0"], "--rho 0.0 is outside"),
-    (["--rho", "1.5"], "--rho 1.5 is outside"),
-    (["--rho", "nan"], "--rho nan is outside"),
-    (["--rho", "x"], "--rho"),
-    (["--preset", "huge"], "huge"),
-    (["--roh", "0.7"], "--roh"),
-    (["--warmup", "9"], "longer than the run"),
-    (["--steps", "0"], "--steps 0"),
-    (["--lr", "-1"], "--lr"),
-    (["--block-size", "4096"], "1024 positions"),
-    (["--device", "warp"], "--device warp"),
-    (["--data", "missing.jsonl"], "missing.jsonl"),
-    (["--batch-size", "100000"], "too small"),
-    (["--resume", "nowhere"], "leave out --"),
-])
-def test_bad_flags_are_one_sentence_and_leave_no_trace(change, expect, flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    bad(*flags, "--out", tmp_path / "out", *change, expect=expect, capsys=capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_used_folder_is_refused_and_left_as_it_was(finished, flags, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    bad(*flags, "--out", finished, expect="--resume", capsys=capsys)
-    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    (tmp_path / "notes.txt").write_text("mine")
-    bad(*flags, "--out", tmp_path, expect="not empty", capsys=capsys)
-    bad(*flags, "--out", tmp_path / "notes.txt", expect="is a file", capsys=capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_resume_refuses_what_it_cannot_use(finished, tmp_path, capsys):
-    bad("--resume", tmp_path, expect="no run to resume", capsys=capsys)
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    checkpoint = out / "private" / "checkpoint.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    bad("--resume", out, expect="checkpoint.safetensors", capsys=capsys)
-    (out / "private" / "run.json").write_text("{")
-    bad("--resume", out, expect="run.json is not JSON", capsys=capsys)
-
-
-def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypatch):
-    out, real, calls = tmp_path / "out", os.fsync, []
-
-    def full(number):
-        calls.append(number)
-        if len([path for path in out.rglob("checkpoint.safetensors")]) and len(calls) > 6:
-            raise OSError(28, "No space left on device")
-        return real(number)
-    monkeypatch.setattr(os, "fsync", full)
-    bad(*flags, "--save-every", "1", "--out", out, expect="no space left to write", capsys=capsys)
-    assert load_safetensors(out / "private" / "checkpoint.safetensors")[0]
-    assert not list(out.rglob("*.partial"))
+    return error
 
 
 # -----------------------------------------------------------------------------
 # more than one device: 2 gloo processes on this machine against one
+
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_memory_per_rank_is_what_training_keeps(kind):
@@ -1626,120 +1604,82 @@ def test_memory_per_rank_is_what_training_keeps(kind):
         assert kept[what] / 2 <= halves[what] < kept[what] / 2 * 1.02
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-@pytest.fixture(scope="session")
-def alone(flags, tmp_path_factory):
-    """The same run as of the tests below, in one process."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    result = command(*flags, *SAME, "--out", out)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
-SAME = ["--init-seed", "3", "--dtype", "fp32"]
-
-
-def ranks(n, *flags, **kwargs):
-    return subprocess.Popen([*TORCHRUN, f"--nproc-per-node={n}", str(HERE / "pmp.py"), *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-
-
-def wait_for(process, out, stage, step):
-    mark, deadline = f'"stage": "{stage}", "step": {step},', time.time() + 120
-    while not ((out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text()):
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
+def torchrun(*flags):
+    """2 ranks, started as a user types it."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                             str(HERE / "pmp.py"), *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def same_run(out, alone, tolerance):
     """The same mask, the complement at theta(0), weights within the tolerance relative to each tensor's norm."""
     model, reference = load_folder(out / "release", FAMILIES), weights(alone)
-    params = dict(model.named_parameters())
-    masks = pmp.load_mask(out / "private" / "mask.safetensors", params)
-    theirs = pmp.load_mask(alone / "private" / "mask.safetensors", reference)
-    assert all(torch.equal(masks[name], theirs[name]) for name in params)
+    masks, theirs = ticket(out), ticket(alone)
+    assert all(torch.equal(masks[name], theirs[name]) for name in reference)
     assert pmp.complement_moved(model, masks, secret_of(out)) == 0
-    assert all((p - reference[name]).norm() <= tolerance * p.norm() for name, p in params.items())
+    assert all((p - reference[name]).norm() <= tolerance * p.norm() for name, p in model.named_parameters())
 
 
-def test_two_ranks_are_one_run_with_the_same_bits(flags, alone, tmp_path):
+def test_two_ranks_are_one_run_with_the_same_bits_if_they_can_share_the_sequences(flags, alone, tmp_path):
     """2 ranks with a micro-batch each add the two gradients that one process adds, so not even the rounding differs."""
-    process = ranks(2, *flags, *SAME, "--out", tmp_path / "out")
-    text, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and text.count("\nreleased") == 1, error
+    codes, text = Started(pmp.main, *flags, *SAME, "--out", tmp_path / "out", ranks=2).end()
+    assert codes == [0, 0] and text.count("\nreleased") == 1, text
     same_run(tmp_path / "out", alone, 0.0)
     assert logged_losses(tmp_path / "out") == logged_losses(alone)
-
-
+    unfit = Started(pmp.main, *flags, "--batch-size", "1", "--grad-accum", "3", "--out", tmp_path / "unfit", ranks=2)
+    codes, text = unfit.end()
+    assert all(codes) and text.count("3 sequences an update cannot be shared equally by 2 ranks") == 1
+    assert not (tmp_path / "unfit").exists()
 
 
 def test_a_sharded_run_that_was_stopped_goes_on_in_one_process(flags, alone, tmp_path):
     out = tmp_path / "out"
-    process = ranks(2, *flags, *SAME, "--shard", "--checkpointing", "--save-every", "100", "--out", out)
+    process = torchrun(*flags, *SAME, "--shard", "--checkpointing", "--save-every", "100", "--out", out)
     wait_for(process, out, "II", 2)
     process.send_signal(signal.SIGTERM)
     text, error = process.communicate(timeout=60)
     assert process.returncode != 0 and "saved after update" in text, error
     assert "--nproc-per-node=2 pmp.py --resume" in text
-    result = command("--resume", out, "--no-checkpointing")
-    assert result.returncode == 0 and "going on after update" in result.stdout, result.stderr
+    codes, text = Started(pmp.main, "--resume", out, "--no-checkpointing").end()
+    assert codes == [0] and "going on after update" in text, text
     same_run(out, alone, 1e-6)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks through Linux' /proc")
 def test_a_killed_rank_ends_the_run_and_its_checkpoint_goes_on_sharded(flags, alone, tmp_path):
     out = tmp_path / "out"
-    process = ranks(2, *flags, *SAME, "--out", out)
+    process = torchrun(*flags, *SAME, "--out", out)
     wait_for(process, out, "II", 3)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     began = time.time()
     text, error = process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - began < 20
     assert "lost another rank" in error and "--resume" in error
-    process = ranks(2, "--resume", out, "--shard")
-    text, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on after update 2" in text and "hold a share" in text, error
+    codes, text = Started(pmp.main, "--resume", out, "--shard", ranks=2).end()
+    assert codes == [0, 0] and "going on after update 2" in text and "hold a share" in text, text
     same_run(out, alone, 1e-6)
 
 
-def test_ranks_that_cannot_share_the_sequences_are_refused_once(flags, tmp_path):
-    process = ranks(2, *flags, "--batch-size", "1", "--grad-accum", "3", "--out", tmp_path / "out")
-    text, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and error.count("3 sequences an update cannot be shared equally by 2 ranks") == 1
-    assert not (tmp_path / "out").exists()
-
-
-SHARDED_TOPK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist
-from torch.distributed.tensor import Shard, distribute_tensor
-import pmp
-from runtime.parallel import leave_ranks, whole
-
-dist.init_process_group("gloo")
-folder, world = sys.argv[2], dist.get_world_size()
-mesh, result = dist.init_device_mesh("cpu", (world,)), {}
-for kind, scores in torch.load(f"{folder}/scores", weights_only=True).items():
-    split = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores.items()}
-    sent, real = [], dist.all_reduce
-    dist.all_reduce = lambda x, *rest: (sent.append(x.nbytes), real(x, *rest))[1]
-    for k in (1, 100, 2000, 2650):
-        masks = pmp.topk_mask(split, k)
-        result[f"{kind} {k}"] = {name: whole(mask) for name, mask in masks.items()}
-    dist.all_reduce = real
-    assert sent == [2**18, 2**19] * 4, sent
-    result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, pmp.topk_mask(split, 1000)))}
-if dist.get_rank() == 0:
-    torch.save(result, f"{folder}/masks{world}")
-leave_ranks()
-"""
+def sharded_topk(argv):
+    """What each rank does: the tickets of sharded scores, and how much is sent for one."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    torch.distributed.init_process_group("gloo")
+    folder, ranks = Path(*argv), torch.distributed.get_world_size()
+    mesh, result = torch.distributed.init_device_mesh("cpu", (ranks,)), {}
+    for kind, scores in torch.load(folder / "scores", weights_only=True).items():
+        split = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores.items()}
+        sent, real = [], torch.distributed.all_reduce
+        torch.distributed.all_reduce = lambda x, *rest: (sent.append(x.nbytes), real(x, *rest))[1]
+        for k in (1, 100, 2000, 2650):
+            masks = pmp.topk_mask(split, k)
+            result[f"{kind} {k}"] = {name: whole(mask) for name, mask in masks.items()}
+        torch.distributed.all_reduce = real
+        assert sent == [2**18, 2**19] * 4, sent
+        result[f"{kind} iou"] = {"iou": torch.tensor(pmp.iou(masks, pmp.topk_mask(split, 1000)))}
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, folder / f"masks{ranks}")
+    leave_ranks()
 
 
 def test_the_ticket_of_sharded_gradients_has_the_bits_of_one_process_on_2_and_4_ranks(tmp_path):
@@ -1750,16 +1690,14 @@ def test_the_ticket_of_sharded_gradients_has_the_bits_of_one_process_on_2_and_4_
               "constant": {name: x * 0 - 1 for name, x in draw.items()},
               "zeros": {name: x * (x > 1) for name, x in draw.items()}}
     torch.save(scores, tmp_path / "scores")
-    (tmp_path / "topk.py").write_text(SHARDED_TOPK)
-    for world in (2, 4):
-        result = subprocess.run([*TORCHRUN, f"--nproc-per-node={world}", str(tmp_path / "topk.py"), str(HERE),
-                                 str(tmp_path)], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        found = torch.load(tmp_path / f"masks{world}", weights_only=True)
+    for ranks in (2, 4):
+        codes, text = Started(sharded_topk, tmp_path, ranks=ranks).end()
+        assert codes == [0] * ranks, text
+        found = torch.load(tmp_path / f"masks{ranks}", weights_only=True)
         for kind, score in scores.items():
             for k in (1, 100, 2000, 2650):
                 masks = pmp.topk_mask(score, k)
-                assert all(torch.equal(found[f"{kind} {k}"][name], masks[name]) for name in masks), (world, kind, k)
+                assert all(torch.equal(found[f"{kind} {k}"][name], masks[name]) for name in masks), (ranks, kind, k)
             assert float(found[f"{kind} iou"]["iou"]) == pytest.approx(pmp.iou(masks, pmp.topk_mask(score, 1000)))
 
 
@@ -2452,9 +2390,8 @@ def test_two_processes_on_one_results_file_do_each_run_once(finished, standin, t
 
 def test_two_ranks_share_a_sweep(finished, standin, tmp_path):
     flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "qnli", "--method", "base", "full")
-    result = subprocess.run([*TORCHRUN, "--nproc-per-node=2", str(HERE / "glue.py"), *flags], capture_output=True,
-                            text=True, timeout=120)
-    assert result.returncode == 0 and result.stdout.count("accuracy in %, last epoch") == 1, result.stderr
+    codes, text = Started(glue.main, *flags, ranks=2).end()
+    assert codes == [0, 0] and text.count("accuracy in %, last epoch") == 1, text
     lines = [json.loads(line) for line in (tmp_path / "glue.jsonl").read_text().splitlines()]
     assert sorted((r["task"], r["method"]) for r in lines) == [(task, method) for task in ("qnli", "rte")
                                                                for method in ("base", "full")]
