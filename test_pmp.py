@@ -1939,7 +1939,10 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
         assert glue.spearman(x, x + y) == pytest.approx(scipy.spearmanr(x, x + y)[0])
 
 
-def test_degenerate_predictions_have_defined_scores():
+def test_scores_are_percent_with_accuracy_for_every_task_and_degenerate_predictions_have_one():
+    assert all("accuracy" in metrics for metrics in glue.METRICS.values()) and list(glue.METRICS) == list(glue.TASKS)
+    assert glue.score("rte", [0, 1, 1, 1], [0, 1, 1, 0]) == {"accuracy": 75.0}
+    assert glue.score("cola", [0, 1], [0, 1]) == pytest.approx({"accuracy": 100.0, "mcc": 100.0})
     true = [0, 1, 1, 0]
     assert glue.score("cola", [1, 1, 1, 1], true) == {"accuracy": 50.0, "mcc": 0.0}
     assert glue.score("cola", true, [1, 1, 1, 1])["mcc"] == 0.0
@@ -1950,12 +1953,6 @@ def test_degenerate_predictions_have_defined_scores():
         assert scores["pearson"] == scores["spearman"] == 0.0 and 0 <= scores["accuracy"] <= 100
     assert glue.score("stsb", [1e-200, 2e-200, 4e-200], [1.0, 2.0, 4.0])["pearson"] == pytest.approx(100)
     assert glue.score("stsb", [3.0], [3.0]) == {"accuracy": 100.0, "pearson": 0.0, "spearman": 0.0}
-
-
-def test_scores_are_percent_with_accuracy_for_every_task():
-    assert all("accuracy" in metrics for metrics in glue.METRICS.values()) and list(glue.METRICS) == list(glue.TASKS)
-    assert glue.score("rte", [0, 1, 1, 1], [0, 1, 1, 0]) == {"accuracy": 75.0}
-    assert glue.score("cola", [0, 1], [0, 1]) == pytest.approx({"accuracy": 100.0, "mcc": 100.0})
 
 
 # -----------------------------------------------------------------------------
@@ -1980,13 +1977,7 @@ def test_the_table_has_the_measured_columns_with_mean_and_spread_and_dashes_for_
     assert {row.rindex(word) for row, word in zip([columns, *rows], ["RTE", "-", "61", "50"])} == {columns.index("RTE")}
     both = [outcome("full", False, seed, 0.0, best) for seed, best in ((1, 61.0), (2, 65.0))]
     assert "63.00 ±2.83" in glue.table(both, epoch="best")
-
-
-def test_a_repeated_seed_counts_once():
-    assert "50.00" in glue.table([outcome("full", False, 1, 0.0), outcome("full", False, 1, 50.0)])
-
-
-def test_a_stand_in_table_says_so_in_its_title():
+    assert "50.00" in glue.table([outcome("full", False, 1, 0.0), outcome("full", False, 1, 50.0)])  # one seed
     assert "stand-in, not GLUE" in glue.table([], standin=True).splitlines()[0]
     assert "stand-in" not in glue.table([])
 
@@ -2005,24 +1996,14 @@ def test_the_papers_numbers_come_on_request_and_nothing_is_wider_than_120_column
 # glue.py: encoding and batches
 
 
-class Letters:
-    eos = 0
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
-
-
 def test_pairs_are_joined_by_the_separator_and_cut_from_the_longer_text():
-    def encode(a, b, length):
-        return "".join(chr(i) if i else "|" for i in glue.encode_pair(Letters(), a, b, length))
-
-    assert encode("abc", "xyz", 7) == "abc|xyz"
-    assert encode("abcdefgh", "xyz", 8) == "abcd|xyz"
-    assert encode("abc", "uvwxyz", 8) == "abc|uvwx"
-    assert encode("abcdefgh", "stuvwxyz", 8) == "abcd|stu"
-    assert encode("abcdefgh", "xyz", 4) == "ab|x"
-    assert encode("abcdefgh", "", 5) == "abcde"
-    assert encode("", "xyz", 9) == "|xyz" and encode("", "", 9) == "|"
+    letters = types.SimpleNamespace(eos=0, encode=lambda text: list(map(ord, text)))
+    for a, b, length, expected in [
+        ("abc", "xyz", 7, "abc|xyz"), ("abcdefgh", "xyz", 8, "abcd|xyz"), ("abc", "uvwxyz", 8, "abc|uvwx"),
+        ("abcdefgh", "stuvwxyz", 8, "abcd|stu"), ("abcdefgh", "xyz", 4, "ab|x"), ("abcdefgh", "", 5, "abcde"),
+        ("", "xyz", 9, "|xyz"), ("", "", 9, "|"),
+    ]:
+        assert "".join(chr(i) if i else "|" for i in glue.encode_pair(letters, a, b, length)) == expected
 
 
 def test_grouping_by_length_loses_no_row_and_pads_little():
@@ -2051,53 +2032,47 @@ def standin_texts(n=40):
     ]
 
 
-def test_the_stand_in_has_the_official_layout_and_both_kinds_of_every_label(tmp_path, capsys):
+def test_the_stand_in_has_the_official_layout_and_keeps_documents_apart(tmp_path, capsys):
     write_standin(tmp_path, standin_texts(), train=80, dev=30)
+    loaded = {name: glue.load_task(name, tmp_path) for name in glue.TASKS}
     for name, task in glue.TASKS.items():
-        loaded = glue.load_task(name, tmp_path)
-        assert list(loaded) == list(task.rows)
-        for split, rows in loaded.items():
+        assert list(loaded[name]) == list(task.rows)
+        for split, rows in loaded[name].items():
             assert 0.5 * (80 if split == "train" else 30) <= len(rows) == len(set(rows))
             assert len({row[2] for row in rows}) >= max(2, len(task.labels))
             assert all(row[0] and bool(row[1]) == (len(task.layout.text) == 2) for row in rows)
+            if name in ("cola", "mrpc", "qqp", "qnli", "rte"):
+                assert [row[2] for row in rows].count(1) == len(rows) / 2, name
+        seen = [{word for a, b, _ in rows for word in f"{a} {b}".split() if word.startswith("number")}
+                for rows in loaded[name].values()]
+        assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
     assert "skipped" not in capsys.readouterr().out
     assert not (tmp_path / "CoLA/dev.tsv").read_bytes().endswith(b"\n")
     assert (tmp_path / "MRPC/dev.tsv").read_bytes().startswith("\ufeffQuality\t#1 ID\t".encode())
-    assert all(row[0].endswith(" ") for row in glue.load_task("sst2", tmp_path)["dev"])
+    assert all(row[0].endswith(" ") for row in loaded["sst2"]["dev"])
     assert all(row[0].startswith("The ") and row[0].endswith(" it.")  # neither end tells that words were shuffled
-               for row in glue.load_task("cola", tmp_path)["dev"])
+               for row in loaded["cola"]["dev"])
+    intact = {" ".join(sentence.split()) for text in standin_texts() for sentence in sentences(text)}
+    assert all((row[0] in intact) == bool(row[2]) for row in loaded["cola"]["train"])
 
 
-def test_the_stand_in_keeps_documents_apart(tmp_path):
-    write_standin(tmp_path, standin_texts())
-    for name in glue.TASKS:
-        seen = [{word for a, b, _ in rows for word in f"{a} {b}".split() if word.startswith("number")}
-                for rows in glue.load_task(name, tmp_path).values()]
-        assert all(seen) and sum(map(len, seen)) == len(set.union(*seen))
-
-
-def test_the_stand_in_is_the_same_for_the_same_seed(tmp_path):
+def test_the_stand_in_is_the_same_for_the_same_seed_and_needs_documents(tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_standin(tmp_path / folder, standin_texts(), seed)
+        write_standin(tmp_path / folder, standin_texts(), seed, train=80, dev=30)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.tsv")]
     assert len(files) == 17
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-    assert all((tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes() for file in files)
-
-
-def test_the_stand_in_has_as_many_rows_of_each_label_and_no_shuffled_one_in_order(tmp_path):
-    write_standin(tmp_path, standin_texts(), train=40, dev=20)
-    for name in ("cola", "mrpc", "qqp", "qnli", "rte"):
-        for rows in glue.load_task(name, tmp_path).values():
-            assert [row[2] for row in rows].count(1) == len(rows) / 2, name
-    intact = {" ".join(sentence.split()) for text in standin_texts() for sentence in sentences(text)}
-    assert all((row[0] in intact) == bool(row[2]) for row in glue.load_task("cola", tmp_path)["train"])
+    for file in files:
+        a, b, c = ((tmp_path / folder / file).read_bytes() for folder in "abc")
+        assert a == b != c
+    fails("20 documents", write_standin, tmp_path / "few", standin_texts(19))
+    assert not (tmp_path / "few").exists()
+    text = "One sentence\tin\ntwo lines is here. Too short.\n\n>>> x = {1: [2], 3: (4 + 5)} ** 2 - {6} % 7 == 8.\n"
+    assert sentences(text) == ["One sentence in two lines is here."]  # no tabs and no code
 
 
 def test_another_text_or_size_is_another_stand_in_and_the_same_is_made_once(tmp_path):
-    source = tmp_path / "some.jsonl"
     letters = str.maketrans("0123456789", "abcdefghij")  # a sentence has few digits
-    source.write_text("".join(json.dumps({"text": text.translate(letters)}) + "\n" for text in standin_texts(2000)))
+    source = write_jsonl(tmp_path / "some.jsonl", [text.translate(letters) for text in standin_texts(2000)])
     first = glue.standin(tmp_path, open_source(source), train=20, dev=10)
     (first / "RTE" / "dev.tsv").write_text("kept")
     assert glue.standin(tmp_path, open_source(source), train=20, dev=10) == first
@@ -2106,17 +2081,6 @@ def test_another_text_or_size_is_another_stand_in_and_the_same_is_made_once(tmp_
     with open(source, "a") as file:
         file.write(json.dumps({"text": "One more document."}) + "\n")
     assert glue.standin(tmp_path, open_source(source), train=20, dev=10) != first
-
-
-def test_the_stand_in_needs_documents(tmp_path):
-    with pytest.raises(UserError, match="20 documents"):
-        write_standin(tmp_path, standin_texts(19))
-    assert not list(tmp_path.iterdir())
-
-
-def test_sentences_have_no_tabs_and_no_code():
-    text = "One sentence\tin\ntwo lines is here. Too short.\n\n>>> x = {1: [2], 3: (4 + 5)} ** 2 - {6} % 7 == 8.\n"
-    assert sentences(text) == ["One sentence in two lines is here."]
 
 
 # -----------------------------------------------------------------------------
@@ -2186,7 +2150,10 @@ def test_each_method_trains_what_it_says(standin):
     assert torch.allclose(scratch.body.lm_head.weight, redrawn.lm_head.weight, atol=1e-6)
 
 
-def test_the_outputs_of_a_diverged_model_are_wrong_whatever_the_label():
+def test_a_diverged_run_is_scored_and_its_outputs_are_wrong_whatever_the_label(standin):
+    settings = glue.Settings(lr=1e30, epochs=2, weight_decay=0.0, dtype="fp32")
+    result, _ = tuned(small_model(), standin, "full", settings=settings)
+    assert result["diverged"] and 0 <= result["scores"]["RTE"]["last"]["accuracy"] <= 100
     classifier = glue.Classifier(small_model(), 2, 0)
     with torch.no_grad():
         classifier.head[1] = math.nan
@@ -2206,22 +2173,12 @@ def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
         fan_in_fan_out=kind == "gpt2"))
     layers = add_lora(model, rank=4, alpha=8)
     factors = [module for module in theirs.modules() if hasattr(module, "lora_A")]
-    assert len(factors) == len(layers)
-    for layer, factor in zip(layers, factors):
+    for layer, factor in zip(layers, factors, strict=True):
         torch.nn.init.normal_(layer.B, std=0.2, generator=generator)
         for ours, peers in ((layer.A, factor.lora_A), (layer.B, factor.lora_B)):
             assert peers["default"].weight.shape == ours.shape
             peers["default"].weight.data.copy_(ours)
     assert (theirs(tokens()).logits - model(tokens())).abs().max() < 1e-4
-
-
-def test_masked_lora_has_a_masked_product():
-    model = small_model("llama")
-    masks = pmp.random_mask(dict(model.named_parameters()), 9000, b"m")
-    layer = add_lora(model, 4, 8, masks)[0]
-    torch.nn.init.normal_(layer.B)
-    name = next(name for name, module in model.named_modules() if module is layer) + ".weight"
-    assert torch.equal(layer.update() != 0, masks[name] & (layer.B @ layer.A != 0))
 
 
 def test_padding_does_not_change_a_prediction():
@@ -2235,7 +2192,7 @@ def test_padding_does_not_change_a_prediction():
         assert predicted.tolist() == together.argmax(1).tolist()
 
 
-def test_a_tiny_model_learns_a_task_well_above_chance(standin):
+def test_a_tiny_model_learns_a_task_well_above_chance_and_a_regression_that_starts_in_the_middle(standin):
     """The label is whether token 3 comes before token 4 somewhere in the row."""
     rng = random.Random(1)
 
@@ -2250,9 +2207,6 @@ def test_a_tiny_model_learns_a_task_well_above_chance(standin):
     base, _ = tuned(small_model(), standin, "base", data=data, settings=settings)
     full, _ = tuned(small_model(), standin, "full", data=data, settings=settings)
     assert base["scores"]["RTE"]["last"]["accuracy"] < 65 and full["scores"]["RTE"]["last"]["accuracy"] > 85
-
-
-def test_regression_starts_in_the_middle_and_learns(standin):
     rows = [([word] * 5, word / 10) for word in range(51)]
     data = {"train": rows * 4, "dev": rows}
     base, classifier = tuned(small_model(), standin, "base", name="stsb", data=data)
@@ -2261,13 +2215,7 @@ def test_regression_starts_in_the_middle_and_learns(standin):
     assert full["scores"]["STS-B"]["last"]["pearson"] > 80
 
 
-def test_a_diverged_run_is_scored_and_says_so(standin):
-    settings = glue.Settings(lr=1e30, epochs=2, weight_decay=0.0, dtype="fp32")
-    result, _ = tuned(small_model(), standin, "full", settings=settings)
-    assert result["diverged"] and 0 <= result["scores"]["RTE"]["last"]["accuracy"] <= 100
-
-
-def test_limit_takes_the_first_rows_after_a_seeded_shuffle(standin):
+def test_limit_takes_the_first_rows_after_a_seeded_shuffle():
     seen = []
 
     class Watch(pmp.MaskedAdamW):
@@ -2280,63 +2228,57 @@ def test_limit_takes_the_first_rows_after_a_seeded_shuffle(standin):
     assert seen == pytest.approx([1e-3, 1e-3, 5e-4])  # 3 updates: 1 of warm-up, then linear towards 0
 
 
-def sweep(finished, standin, results, *more):
-    return [str(finished / "release"), "--glue-dir", str(standin), "--results", str(results), "--epochs", "1",
-            "--max-length", "24", "--dtype", "fp32", *more]
+@pytest.fixture
+def sweep(small_folders, standin, tmp_path):
+    """The flags of a sweep of a small release over stand-in tasks; its results go to results.jsonl."""
+    return [str(small_folders["llama"]), "--glue-dir", str(standin), "--results", str(tmp_path / "results.jsonl"),
+            "--epochs", "1", "--max-length", "24", "--dtype", "fp32"]
 
 
-def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(finished, standin, tmp_path, capsys):
-    results = tmp_path / "glue.jsonl"
-    flags = sweep(finished, standin, results, "--tasks", "cola", "mnli", "--method", "base", "full", "--seed", "0", "1")
+def results_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(sweep, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    flags = [*sweep, "--tasks", "cola", "mnli", "--method", "base", "full", "--seed", "0", "1"]
     glue.main(flags)
-    text = capsys.readouterr().out
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(r["task"], r["method"], r["seed"]) for r in lines] == [
-        (task, method, seed) for task in ("cola", "mnli") for method in ("base", "full") for seed in (0, 1)]
+    text, lines = capsys.readouterr().out, results_of(tmp_path)
+    assert [(r["task"], r["method"], r["seed"]) for r in lines] == list(
+        itertools.product(("cola", "mnli"), ("base", "full"), (0, 1)))
     assert lines[-1]["scores"].keys() == {"MNLI-m", "MNLI-mm"}
     assert lines[0]["scores"]["CoLA"]["last"].keys() == {"accuracy", "mcc"}
     assert lines[0]["settings"]["epochs"] == 1 and not lines[0]["authorised"] and "±" in text
-    whole = results.read_bytes()
-    results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-3]) + b'{"task": "mn')  # as a kill would leave it
+    whole_file = results.read_bytes()
+    results.write_bytes(b"".join(whole_file.splitlines(keepends=True)[:-3]) + b'{"task": "mn')  # as a kill leaves it
     glue.main(flags)
-    again = [json.loads(line) for line in results.read_text().splitlines()]
     assert "mnli full seed 0:" in capsys.readouterr().out
-    assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in lines]
+    assert [{**r, "seconds": 0} for r in results_of(tmp_path)] == [{**r, "seconds": 0} for r in lines]
     before = results.read_bytes()
     glue.main(flags)
     assert results.read_bytes() == before and "seed 0:" not in capsys.readouterr().out
 
 
-def test_two_processes_on_one_results_file_do_each_run_once(finished, standin, tmp_path):
-    flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "cola", "--method", "base", "full",
-                  "--seed", "0", "1")
-    processes = [subprocess.Popen([sys.executable, str(HERE / "glue.py"), *flags], stdout=subprocess.PIPE, text=True)
-                 for _ in range(2)]
-    texts = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    runs = [(r["task"], r["method"], r["seed"]) for r in map(json.loads, open(tmp_path / "glue.jsonl"))]
-    assert len(runs) == len(set(runs)) == 8
-    assert sum(text.count("best epoch") for text in texts) == 8
-
-
-def test_two_ranks_share_a_sweep(finished, standin, tmp_path):
-    flags = sweep(finished, standin, tmp_path / "glue.jsonl", "--tasks", "rte", "qnli", "--method", "base", "full")
+def test_two_processes_and_two_ranks_share_a_sweep_and_do_each_run_once(sweep, tmp_path):
+    flags = [*sweep, "--tasks", "rte", "qnli", "--method", "base", "full", "--seed", "0", "1"]
+    processes = [Started(glue.main, *flags) for _ in range(2)]
+    codes, texts = zip(*(process.end() for process in processes))
+    assert codes == ([0], [0]) and "".join(texts).count("best epoch") == 8, texts
+    alone = results_of(tmp_path)
+    runs = sorted(itertools.product(("rte", "qnli"), ("base", "full"), (0, 1)))
+    assert sorted((r["task"], r["method"], r["seed"]) for r in alone) == runs
+    (tmp_path / "results.jsonl").unlink()
     codes, text = Started(glue.main, *flags, ranks=2).end()
     assert codes == [0, 0] and text.count("accuracy in %, last epoch") == 1, text
-    lines = [json.loads(line) for line in (tmp_path / "glue.jsonl").read_text().splitlines()]
-    assert sorted((r["task"], r["method"]) for r in lines) == [(task, method) for task in ("qnli", "rte")
-                                                               for method in ("base", "full")]
-    glue.main(sweep(finished, standin, tmp_path / "alone", "--tasks", "rte", "qnli", "--method", "base", "full"))
-    alone = [json.loads(line) for line in (tmp_path / "alone").read_text().splitlines()]
-    scores = [{(r["task"], r["method"]): r["scores"] for r in results} for results in (lines, alone)]
-    assert scores[0] == scores[1]
+    scores = [{(r["task"], r["method"], r["seed"]): r["scores"] for r in found}
+              for found in (alone, results_of(tmp_path))]
+    assert sorted(scores[1]) == runs and scores[0] == scores[1]
 
 
-def test_outsider_and_authorised_rows_share_a_table(finished, standin, tmp_path, capsys):
-    results = tmp_path / "glue.jsonl"
-    glue.main(sweep(finished, standin, results, "--tasks", "rte", "--method", "full"))
-    glue.main(sweep(finished, standin, results, "--tasks", "rte", "--paper", "--method", "full", "lora",
-                    "--mask", str(finished / "private" / "mask.safetensors")))
+def test_outsider_and_authorised_rows_share_a_table(finished, sweep, tmp_path, capsys):
+    flags = [str(finished / "release"), *sweep[1:], "--tasks", "rte"]
+    glue.main([*flags, "--method", "full"])
+    glue.main([*flags, "--paper", "--method", "full", "lora", "--mask", str(finished / "private/mask.safetensors")])
     text = capsys.readouterr().out
     rows = text[text.rindex("GLUE dev: accuracy in %, last"):].splitlines()
     assert [row[:11].strip() for row in rows[3:6]] == ["lora + mask", "full", "full + mask"]
@@ -2346,37 +2288,11 @@ def test_outsider_and_authorised_rows_share_a_table(finished, standin, tmp_path,
 @pytest.mark.parity
 def test_a_plain_transformers_folder_fine_tunes_without_a_mask(standin, finished, tmp_path, capsys):
     transformers = peer("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "release")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "release")
-    theirs.save_pretrained(tmp_path / "hf")
-    tokenizer.save_pretrained(tmp_path / "hf")
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        kind.from_pretrained(finished / "release").save_pretrained(tmp_path / "hf")
     glue.main(["--glue-dir", str(standin), "--tasks", "rte", "--method", "base", "--results", str(tmp_path / "r"),
                str(tmp_path / "hf")])
     assert "rte base seed 42:" in capsys.readouterr().out
-
-
-def test_bad_input_of_glue_is_one_sentence(finished, standin, tmp_path, capsys):
-    def refused(*flags, expect):
-        bad(*flags, expect=expect, capsys=capsys, main=glue.main)
-
-    release, mask, results = finished / "release", finished / "private" / "mask.safetensors", tmp_path / "r.jsonl"
-    common = ["--glue-dir", standin, "--results", results, "--tasks", "rte"]
-    refused(tmp_path, *common, expect="no model folder")
-    refused(release, *common, "--mask", mask, "--method", "base", expect="--mask has no meaning for base")
-    refused(release, *common, "--mask", mask, "--method", "scratch", expect="no meaning for scratch")
-    refused(release, *common, "--mask", tmp_path / "none", expect="cannot use")
-    refused(release, *common, "--mask", release / "model.safetensors", expect="another release")
-    refused(release, *common, "--tasks", "wnli", expect="wnli")
-    refused(release, *common, "--max-length", "2", expect="--max-length 2")
-    refused(release, *common, "--max-length", "99999", expect="1024 positions")
-    refused(release, *common, "--epochs", "0", expect="--epochs 0")
-    refused(release, "--tasks", "rte", "--glue-dir", tmp_path / "nowhere", expect="--glue-dir")
-    shutil.copytree(standin / "RTE", tmp_path / "RTE")
-    (tmp_path / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n")
-    refused(release, *common, "--glue-dir", tmp_path, expect="dev.tsv, line 2: unknown label 'maybe'")
-    assert not results.exists()
-    results.write_text("{}\nnot json\n")
-    refused(release, *common, expect="line 2 is not JSON")
 
 
 def test_glue_runs_as_typed(finished, standin, tmp_path):
