@@ -792,22 +792,14 @@ def test_later_epochs_read_each_block_once_in_another_order(tmp_path):
     fails(f"train text has {n} blocks of 16 tokens.*batch of {n + 1}.*--batch-size", train.read, 0, n + 1, 16)
 
 
-CHILD = """
-import sys, time
-from data import pack, sources
-sources.ROWS_URL, cache = sys.argv[1:]
-pack.CHUNK = 100
-_, train, _ = pack.prepare("slimpajama", "bpe", 10**9, cache=cache, shuffle_buffer=300, say=lambda line: None)
-while not train.file.state["done"]:
-    train.stream.want(10**9)
-    time.sleep(0.01)
-"""
+def prepare_slimpajama(argv):
+    """In a process of its own: prepare all rows that a server has."""
+    sources.ROWS_URL, cache = argv
+    pack.CHUNK = 100
+    packed(prepared("slimpajama", cache, shuffle_buffer=300)[1])
 
 
 def test_slimpajama_is_prepared_once_with_the_same_bytes_after_kill_9_and_by_two_processes_at_once(pajama, tmp_path):
-    def child(cache):
-        return subprocess.Popen([sys.executable, "-c", CHILD, pajama.url + "rows", tmp_path / cache], cwd=HERE)
-
     _, train, _ = prepared("slimpajama", tmp_path / "calm", shuffle_buffer=300)
     expected = packed(train)
     pajama.asked.clear()
@@ -819,17 +811,17 @@ def test_slimpajama_is_prepared_once_with_the_same_bytes_after_kill_9_and_by_two
     prepared("slimpajama", tmp_path / "killed", 0, shuffle_buffer=300)  # the tokenizer and validation
     pajama.answered.clear()
     pajama.faults = {("train", 500): ["hang"]}
-    killed = child("killed")
+    killed = Started(prepare_slimpajama, pajama.url + "rows", tmp_path / "killed")
     assert pajama.hanging.wait(60)
-    killed.kill()
-    killed.wait()
-    assert {row for _, row in pajama.answered} == set(range(500))
+    killed.send_signal(signal.SIGKILL)
+    assert killed.end()[0] == [-signal.SIGKILL] and {row for _, row in pajama.answered} == set(range(500))
     _, train, _ = prepared("slimpajama", tmp_path / "killed", shuffle_buffer=300)
     assert packed(train) == expected
     assert sorted(row for _, row in pajama.answered) == list(range(1030))  # no row came twice
 
     pajama.answered.clear()
-    assert [process.wait(120) for process in [child("shared"), child("shared")]] == [0, 0]
+    both = [Started(prepare_slimpajama, pajama.url + "rows", tmp_path / "shared") for _ in range(2)]
+    assert [process.end()[0] for process in both] == [[0], [0]]
     assert pajama.answered.count(("train", 999)) == 2  # for the tokenizer and for the tokens, not twice as often
     assert expected == next((tmp_path / "shared").glob("*/train.bin")).read_bytes()
 
@@ -1261,8 +1253,8 @@ class Started:
             port = str(unused.getsockname()[1])
         self.processes = []
         for rank in map(str, range(ranks)):
-            environment = {"WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port}  # as torchrun sets them
+            environment = {**os.environ, "WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank,
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun sets them
             arguments = main, [str(flag) for flag in flags], self.output.name, environment
             self.processes.append(FORKS.Process(target=enter, args=arguments, daemon=True))
             self.processes[-1].start()
@@ -1679,32 +1671,22 @@ def test_rows_with_fields_missing_are_skipped_and_counted_where_official_files_h
     assert "train.tsv: skipped 3 rows with fields missing" in capsys.readouterr().out
 
 
-BAD_ROWS = [  # after a good one
-    ("rte", "1\tonly\ttwo", "line 3 has 3 columns, not 4"),
-    ("qqp", ROW["qqp"][0] + "\tmore", "line 3 has"),
-    ("qnli", ROW["qnli"][0] + "\tmore", "line 3 has"),
-    ("cola", ROW["cola"][0] + "\tmore", "line 2 has"),
-    ("cola", "gj04\t2\t\tWords.", "line 2: unknown label '2'"),
-    ("rte", "0\ta\tb\tneutral", "line 3: unknown label 'neutral'"),
-    ("mnli", cut("mnli") + "\t-", "line 3: unknown label '-'"),
-    ("stsb", cut("stsb") + "\t5.1", r"line 3: unknown label '5\.1'"),
-    ("stsb", cut("stsb") + "\tnan", "line 3: unknown label 'nan'"),
-    ("stsb", cut("stsb") + "\thigh", "line 3: unknown label 'high'"),
-]
-BAD_FILES = [
-    ("rte", b"index\tsentence1\tlabel\n0\ta\tentailment\n", ", line 1 names no column .*sentence2"),
-    ("rte", HEADER["rte"].encode() + b"\n", " has no rows"),
-    ("rte", b"", " has no rows"),
-    ("cola", b"", " has no rows"),
-    ("cola", b"gj04\t1\t\tcaf\xe9 is open.\n", " is not UTF-8"),
-]
-
-
 def test_a_bad_file_of_a_task_is_named_with_its_line(tmp_path):
-    for name, row, expect in BAD_ROWS:
+    for name, row, expect in (  # after a good one
+            ("rte", "1\tonly\ttwo", "line 3 has 3 columns, not 4"),
+            *((name, ROW[name][0] + "\tmore", "line 3 has") for name in ("qqp", "qnli")),
+            ("cola", ROW["cola"][0] + "\tmore", "line 2 has"),
+            ("cola", "gj04\t2\t\tWords.", "line 2: unknown label '2'"),
+            ("rte", "0\ta\tb\tneutral", "line 3: unknown label 'neutral'"),
+            ("mnli", cut("mnli") + "\t-", "line 3: unknown label '-'"),
+            *(("stsb", f"{cut('stsb')}\t{label}", f"line 3: unknown label '{label}'")
+              for label in ("5.1", "nan", "high"))):
         write_tsv(tmp_path, name, [ROW[name][0], row])
         fails(rf"train\.tsv, {expect}", glue.load_task, name, tmp_path)
-    for name, content, expect in BAD_FILES:
+    for name, content, expect in (
+            ("rte", b"index\tsentence1\tlabel\n0\ta\tentailment\n", ", line 1 names no column .*sentence2"),
+            ("rte", HEADER["rte"].encode() + b"\n", " has no rows"), ("rte", b"", " has no rows"),
+            ("cola", b"", " has no rows"), ("cola", b"gj04\t1\t\tcaf\xe9 is open.\n", " is not UTF-8")):
         (tmp_path / glue.TASKS[name].files[0]).write_bytes(content)
         fails(rf"train\.tsv{expect}", glue.load_task, name, tmp_path)
     fails(r"CoLA/train\.tsv: give --glue-dir", glue.load_task, "cola", tmp_path / "nowhere")
@@ -1718,8 +1700,8 @@ def test_a_bad_file_of_a_task_is_named_with_its_line(tmp_path):
 
 @pytest.fixture
 def site(server, monkeypatch):
-    """Both of GLUE's addresses. files: {name: bytes}; ranges: whether it honours Range; cut: bytes after which the
-    first answer for each file breaks off; asked: the (name, Range header) of every request."""
+    """Both of GLUE's addresses. publish(task, {name: bytes}) serves a task's downloads; ranges: whether it honours Range;
+    cut: bytes after which the first answer for each file breaks off; asked: the (name, Range) of every request."""
     server.files, server.ranges, server.cut, server.asked = {}, True, 10**9, []
 
     def respond(path, headers):
@@ -1731,19 +1713,17 @@ def site(server, monkeypatch):
         body = server.files[name][start:]
         return 206 if server.ranges else 200, {}, body, len(body) if name in asked_before else server.cut
 
-    server.respond = respond
+    def publish(name, files):
+        server.files |= files
+        sums = {file: (len(body), hashlib.sha256(body).hexdigest()) for file, body in files.items()}
+        monkeypatch.setitem(glue.TASKS, name, dataclasses.replace(glue.TASKS[name], downloads=sums))
+
+    server.respond, server.publish = respond, publish
     monkeypatch.setattr(glue, "GLUE_URL", server.url)
     monkeypatch.setattr(glue, "MRPC_URL", server.url)
     monkeypatch.setattr(http, "BACKOFF", 0.001)
     monkeypatch.setattr(server, "handle_error", lambda *request: None)  # we hang up on what is too large
     return server
-
-
-def publish(site, monkeypatch, name, files):
-    """Serve `files` as the downloads of task `name`, with their sizes and sums in the table."""
-    site.files |= files
-    sums = {file: (len(body), hashlib.sha256(body).hexdigest()) for file, body in files.items()}
-    monkeypatch.setitem(glue.TASKS, name, dataclasses.replace(glue.TASKS[name], downloads=sums))
 
 
 def rte_zip(**more):
@@ -1763,8 +1743,8 @@ def rte_zip(**more):
     (None, 70_000, False, ["bytes=0-", "bytes=.*-"]),
 ])
 def test_a_download_goes_on_where_it_stopped_or_starts_again_and_is_checked_unpacked_and_not_repeated(
-        part, cut, ranges, asked, site, monkeypatch, tmp_path):
-    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip()})
+        part, cut, ranges, asked, site, tmp_path):
+    site.publish("rte", {"RTE.zip": rte_zip()})
     site.cut, site.ranges = cut, ranges
     if part:
         (tmp_path / "RTE.zip.part").write_bytes(part if part == b"damaged" else site.files["RTE.zip"][:part])
@@ -1780,7 +1760,7 @@ def test_a_download_goes_on_where_it_stopped_or_starts_again_and_is_checked_unpa
 
 
 def test_a_wrong_checksum_or_size_never_lands_nor_fills_the_disk(site, monkeypatch, tmp_path):
-    publish(site, monkeypatch, "rte", {"RTE.zip": b"y" * 1000})
+    site.publish("rte", {"RTE.zip": b"y" * 1000})
     sizes, digest = [], hashlib.file_digest
     monkeypatch.setattr(glue.hashlib, "file_digest", lambda file, kind: sizes.append(os.fstat(file.fileno()).st_size)
                         or digest(file, kind))
@@ -1794,16 +1774,16 @@ def test_a_wrong_checksum_or_size_never_lands_nor_fills_the_disk(site, monkeypat
 
 
 @pytest.mark.parametrize("entry", ["../outside.txt", "RTE/../../outside.txt", "{elsewhere}/outside.txt"])
-def test_a_zip_entry_that_would_leave_the_folder_is_refused(entry, site, monkeypatch, tmp_path):
+def test_a_zip_entry_that_would_leave_the_folder_is_refused(entry, site, tmp_path):
     folder = tmp_path / "cache"
-    publish(site, monkeypatch, "rte", {"RTE.zip": rte_zip(**{entry.format(elsewhere=tmp_path): "gotcha"})})
+    site.publish("rte", {"RTE.zip": rte_zip(**{entry.format(elsewhere=tmp_path): "gotcha"})})
     fails("would leave the folder", glue.fetch, "rte", folder)
     assert not list(tmp_path.rglob("outside.txt")) and not (folder / "RTE").exists()
 
 
-def test_mrpc_is_put_together_from_its_files(site, monkeypatch, tmp_path):
+def test_mrpc_is_put_together_from_its_files(site, tmp_path):
     rows = [f"{i % 2}\t{i}\t{100 + i}\tA \"{i}.\tB {i}." for i in range(10)]
-    publish(site, monkeypatch, "mrpc", {
+    site.publish("mrpc", {
         "msr_paraphrase_train.txt": "\r\n".join([HEADER["mrpc"], *rows, ""]).encode(),
         "mrpc_dev_ids.tsv": "\ufeff3\t103\r\n7\t107\r\n1\t999".encode(),
     })
