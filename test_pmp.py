@@ -1,4 +1,7 @@
-"""What PMP promises, each test named after the property that it proves. Needs no network and no data but its own."""
+"""What PMP promises, each test named after the property that it proves. Needs no network and no data but its own.
+
+The sections follow the code from model.py to glue.py; `grep "^# ----" test_pmp.py` lists them. Hostile files come last.
+"""
 
 import collections
 import copy
@@ -1276,12 +1279,14 @@ class Started:
             process.join(120)
         return [process.exitcode for process in self.processes], Path(self.output.name).read_text()
 
+    communicate = end
+
 
 def wait_for(process, out, stage, step):
     """Return once a run has logged that step."""
     mark, deadline = f'"stage": "{stage}", "step": {step},', time.time() + 120
     while not ((out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text()):
-        assert process.poll() is None and time.time() < deadline
+        assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.005)
 
 
