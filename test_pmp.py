@@ -370,39 +370,35 @@ def test_prose_is_english_unrepeated_and_the_same_each_time():
 
 
 GOOD = b'{"text": "good"}\n'
-BAD_CORPORA = {  # a missing file and one that is too small for a batch are among the bad flags of the command line
-    "folder.txt": (Path.mkdir, "is a folder"),
-    "fifo.txt": (os.mkfifo, "no regular file"),
-    "device.txt": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
-    "dangling.txt": (lambda path: path.symlink_to("nowhere"), "there is no data"),
-    "loop.txt": (lambda path: path.symlink_to(path), "there is no data"),
-    300 * "n" + ".txt": (lambda path: None, "name too long"),
-    "a.pdf": (b"text", "neither .txt nor .jsonl"),
-    "empty.txt": (b"", "holds no text"),
-    "blank.txt": (b" \n\n\t ", "holds no text"),
-    "empty.jsonl": (b"", "holds no text"),
-    "textless.jsonl": (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
-    "nojson.jsonl": (GOOD + b'\n{"text": \n', "line 3 is not JSON"),
-    "deep.jsonl": (GOOD + b"[" * 100_000, "line 2 is not JSON"),
-    "digits.jsonl": (GOOD + b"1" * 100_000, "line 2 is not JSON"),
-    "notext.jsonl": (GOOD + b'{"txt": "bad"}\n', 'line 2 has no string "text"'),
-    "number.jsonl": (GOOD + b'{"text": 5}\n', 'line 2 has no string "text"'),
-    "list.jsonl": (b'["text"]\n', 'line 1 has no string "text"'),
-    "bytes.jsonl": (GOOD + b'{"text": "\xff\xfe"}\n', "line 2 is not UTF-8"),
-    "bytes.txt": (b"good \xff\xfe", "is not UTF-8"),
-    "damaged.jsonl.gz": (gzip.compress(GOOD * 999)[:-20], "damaged"),
-    "damaged.jsonl.xz": (lzma.compress(GOOD * 999)[:-20], "damaged"),
-    "other.txt.gz": (b"no archive", "damaged"),
+BAD_CORPORA = {  # part of the sentence: {name: what is there}; more are among the bad flags of the command line
+    "is a folder": {"folder.txt": Path.mkdir},
+    "no regular file": {"fifo.txt": os.mkfifo, "device.txt": lambda path: path.symlink_to("/dev/zero")},
+    "there is no data": {"dangling.txt": lambda path: path.symlink_to("nowhere"),
+                         "loop.txt": lambda path: path.symlink_to(path)},
+    "name too long": {300 * "n" + ".txt": lambda path: None},
+    "neither .txt nor .jsonl": {"a.pdf": b"text"},
+    "holds no text": {"empty.txt": b"", "blank.txt": b" \n\n\t ", "empty.jsonl": b"",
+                      "textless.jsonl": b'{"text": ""}\n{"text": " "}\n'},
+    "line 3 is not JSON": {"nojson.jsonl": GOOD + b'\n{"text": \n'},
+    "line 2 is not JSON": {"deep.jsonl": GOOD + b"[" * 100_000, "digits.jsonl": GOOD + b"1" * 100_000},
+    'line 2 has no string "text"': {"notext.jsonl": GOOD + b'{"txt": "bad"}\n',
+                                    "number.jsonl": GOOD + b'{"text": 5}\n'},
+    'line 1 has no string "text"': {"list.jsonl": b'["text"]\n'},
+    "line 2 is not UTF-8": {"bytes.jsonl": GOOD + b'{"text": "\xff\xfe"}\n'},
+    "is not UTF-8": {"bytes.txt": b"good \xff\xfe"},
+    "damaged": {"damaged.jsonl.gz": gzip.compress(GOOD * 999)[:-20],
+                "damaged.jsonl.xz": lzma.compress(GOOD * 999)[:-20], "other.txt.gz": b"no archive"},
 }
 
 
 def test_a_bad_corpus_is_named_in_one_sentence(tmp_path):
-    for name, (content, expect) in BAD_CORPORA.items():
-        if isinstance(content, bytes):
-            (tmp_path / name).write_bytes(content)
-        else:
-            content(tmp_path / name)
-        assert name in fails(expect, prepared, tmp_path / name, tmp_path / "cache")
+    for expect, corpora in BAD_CORPORA.items():
+        for name, content in corpora.items():
+            if isinstance(content, bytes):
+                (tmp_path / name).write_bytes(content)
+            else:
+                content(tmp_path / name)
+            assert name in fails(expect, prepared, tmp_path / name, tmp_path / "cache")
 
 
 # ---- data/: SlimPajama over HTTP ------------------------------------------------------------------------------------
