@@ -466,11 +466,15 @@ class Run:
     def begin(self):
         """Build the model, its weights still empty, and open the log."""
         config = self.config
-        _, state = self.folder.load(self.identity)
-        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
+        saved, state = self.folder.load(self.identity)
         shape = replace(PRESETS[config.preset].shape, vocab_size=self.tokenizer.size)
         self.model, layout = place(partial(build, shape), self.machine.device, config.shard)
         self.model.checkpointing = config.checkpointing
+        for name, p in self.model.named_parameters():
+            if saved and getattr(saved.get(f"model.{name}"), "shape", None) != p.shape:
+                raise UserError(f"the checkpoint in {self.folder.private} has no {name} of this model: restore it from "
+                                "a copy, or start a new run with another --out")
+        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
         d = sum(p.numel() for p in self.model.parameters())
         self.progress.say(f"{config.preset}: {d:,} parameters, {self.tokens:,} tokens an update, {self.machine.device} "
                           f"{self.machine.dtype}{layout}")
@@ -521,9 +525,6 @@ class Run:
             return {}, None, 0
         params = dict(self.model.named_parameters())
         for name, p in params.items():
-            if getattr(saved.get(f"model.{name}"), "shape", None) != p.shape:
-                raise UserError(f"the checkpoint in {self.folder.private} has no {name} of this model: it is damaged; "
-                                "restore it from a copy, or start a new run with another --out")
             assign(p, saved[f"model.{name}"])
         packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
         self.progress.say(f"going on after update {state['step']}")

@@ -1141,9 +1141,9 @@ def test_a_fork_that_moves_the_complement_is_told_at_the_next_validation(flags, 
 
 def test_a_complement_that_moved_is_not_released(finished, tmp_path):
     model, masks = load_folder(finished / "release", FAMILIES), ticket(finished)
-    frozen = (~masks["lm_head.weight"]).nonzero()[0]
+    frozen = (~masks["model.embed_tokens.weight"]).nonzero()[0]
     with torch.no_grad():
-        model.lm_head.weight[tuple(frozen)] += 1e-7
+        model.embedding().weight[tuple(frozen)] += 1e-7
     folder = types.SimpleNamespace(private=tmp_path, release=tmp_path / "release")
     run = types.SimpleNamespace(model=model, secret=secret_of(finished), folder=folder)
     fails("1 entries of the complement have left theta", pmp.release, run, masks)
@@ -2581,6 +2581,8 @@ def test_a_foreign_checkpoint_is_refused(private, refused):
             json.loads(metadata["belongs_to"]) | {"secret": "0" * 64})):
         save_safetensors(path, few, {} if belongs is None else {"belongs_to": belongs})
         refused(pmp.main, "--resume", private.parent, expect=r"checkpoint\.safetensors (belongs to|is not)")
+    save_safetensors(path, few, {name: value for name, value in metadata.items() if name != "crc32"})
+    refused(pmp.main, "--resume", private.parent, expect=r"has no model\.embed_tokens\.weight of this model")
     for _ in each_special(path):
         refused(pmp.main, "--resume", private.parent, expect="no regular file")
 

@@ -85,7 +85,7 @@ class Arm:
 
 SEARCHED = {  # arms with a search of their own
     "scratch": Arm("dense", "scratch"), "dense": Arm("dense", "full"), "pmp": Arm("pmp", "full"),
-    "pmp + mask": Arm("pmp", "full", "pmp"), "dense in mask": Arm("dense", "full", "pmp"),
+    "pmp + mask": Arm("pmp", "full", "pmp"),
     "random": Arm("random", "full"), "dense lora": Arm("dense", "lora"), "pmp lora": Arm("pmp", "lora"),
     "pmp lora + mask": Arm("pmp", "lora", "pmp"), "rescaled, searched": Arm("dense", "rescaled"),
 }
@@ -323,12 +323,15 @@ def jobs(scale, results):
     def group(*kinds):
         return [name for name, model in MODELS.items() if model.seeds in kinds]
 
-    found = models(CHOOSERS, CHOOSING) + search(SEARCHED)
     early = [arm for arm in VARIED if MODELS[VARIED[arm].model].seeds == "main"]
+    found = models(CHOOSERS, CHOOSING)
     for seed in range(scale.seeds["main"]):
-        found += models(group("main"), [seed]) + record([*SEARCHED, *early], [seed])
+        found += models(group("main"), [seed])
         found += [measure_job(scale, kind, model, seed, results) for kind in MEASURES for model in MEASURES[kind]]
         found += attacks("pmp", [seed])
+    found += search(SEARCHED)
+    for seed in range(scale.seeds["main"]):
+        found += record([*SEARCHED, *early], [seed])
     if scale.seeds["untied"]:
         found += models(MATCHERS, CHOOSING)
     for names in (group("literal"), group("untied"), group("side", "recipe", "one")):

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -275,7 +275,9 @@ def tune(shop, job):
             curve[step] = lesson.evaluate()["accuracy"]
             lesson.model.train()
 
-    history, updates, diverged = fit(lesson, optimizer, rate, settings, machine, progress)
+    whole = [batch for epoch in range(settings.epochs) for batch in lesson.batches(epoch)]
+    lesson.batches = lambda epoch: whole  # one long epoch: `fit` evaluates after each
+    history, updates, diverged = fit(lesson, optimizer, rate, replace(settings, epochs=1), machine, progress)
     after = next_token(body, shop.held_out(release), machine)["loss"]
     return {**history[-1], "curve": curve, "text_loss": after, "updates": updates, "diverged": diverged,
             "majority": majority(data) if official else None, "lr": rate}
