@@ -10,6 +10,7 @@ import email.utils
 import gzip
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -953,7 +954,7 @@ def test_prose_is_prepared_once_and_read_from_the_cache_afterwards(prose, monkey
 # ---- stage I --------------------------------------------------------------------------------------------------------
 
 
-CODE = [line.strip() for line in pmp.topk_mask.__doc__.splitlines() if line.startswith("        ")]
+CODE = [line.strip() for line in inspect.getdoc(pmp.topk_mask).splitlines() if line.startswith("    ")]
 
 
 def exact_topk(scores, k):

@@ -81,7 +81,7 @@ def test_the_plan_is_whole_and_what_chooses_judges_nothing():
     scale = plan.SCALES["laptop"]
     nothing = Made(no_effect, known=("none",))
     found, waiting = plan.jobs(scale, nothing)
-    assert waiting > 500 and all(job.what["seed"] in plan.CHOOSING for job in found[:10])
+    assert waiting > 500 and all(job.what["seed"] in plan.CHOOSING for job in found[:6])
     found, waiting = plan.jobs(scale, Made(no_effect))
     assert waiting == 0 and len({(job.kind, job.key) for job in found}) == len(found) > 1500
     models = {(job.what["model"], job.what["seed"]) for job in found if job.kind == "model"}
