@@ -384,12 +384,16 @@ def shrink_and_perturb(shop, release, body, keep=0.7):
 def rescale(shop, release, body, factor=30.0):
     """The positive control of "held back": the same function from weights that default tuning does badly on.
 
-    Each norm's gain grows by `factor`, the matrices that read its output shrink by it. LLaMA only.
+    The gain (and the bias) of each block's norms grows by `factor`, the matrices that read their output shrink by it.
     """
+    norms = ("input_layernorm.weight", "post_attention_layernorm.weight", "ln_1.weight", "ln_1.bias", "ln_2.weight",
+             "ln_2.bias")
+    readers = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
+               "c_attn.weight", "c_fc.weight")
     for name, p in body.named_parameters():
-        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+        if name.endswith(norms):
             p.mul_(factor)
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+        if name.endswith(readers):
             p.div_(factor)
 
 

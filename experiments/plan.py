@@ -138,6 +138,9 @@ SCALES = {
     "gpt2": Scale({"preset": "gpt2", "lr": 6e-4},
                   {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
                   strongest=(0, 0), outsiders=()),
+    "paper": Scale({"preset": "tinyllama"},
+                   {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
+                   strongest=(0, 0), outsiders=()),
 }
 
 # -----------------------------------------------------------------------------

@@ -327,14 +327,21 @@ def claim_path(shop, job):
     return folder / hashlib.sha256(f"{job.kind} {job.key}".encode()).hexdigest()[:16]
 
 
+def time_left(done, left, seconds):
+    """How long the rest takes at the rate so far, that of all processes together, in words; "" before five are done."""
+    return f", about {seconds / done * left / 3600:.1f} hours left" if done >= 5 else ""
+
+
 def work(shop, say):
     """Do all jobs that are missing, but for those that other processes are at; wait for these at the end."""
-    results, scale, tried = shop.results, shop.scale, set()
+    results, scale, tried, began, at_start = shop.results, shop.scale, set(), time.perf_counter(), None
     while True:
         found, waiting = jobs(scale, results.refresh())
         todo = [job for job in found if results.get(job) is None]
         if not todo and not waiting:
             return
+        done, total = len(found) - len(todo), len(found) + waiting
+        at_start = done if at_start is None else at_start
         left = [job for job in todo if (job.kind, job.key) not in tried and ready(scale, job, results)]
         if not left:  # the others' work will make more jobs known
             tried.clear()
@@ -346,10 +353,11 @@ def work(shop, say):
                 tried.add((job.kind, job.key))
                 continue
             words = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in job.what.values())
-            say(f"{len(found) - len(todo)} of {len(found) + waiting} done; {job.kind}: {words}")
-            began = time.perf_counter()
+            left = time_left(done - at_start, total - done, time.perf_counter() - began)
+            say(f"{done} of {total} done{left}; {job.kind}: {words}")
+            start = time.perf_counter()
             result = do(shop, job)
-            seconds = round(time.perf_counter() - began, 1)
+            seconds = round(time.perf_counter() - start, 1)
             results.append(job, {**result, "seconds": seconds, "hardware": hardware(shop.machine)})
             tried.clear()
 
