@@ -171,7 +171,7 @@ def topk_mask(scores, k):
 
 
 def random_mask(params, k, secret):
-    """The paper's ablation: exactly k entries, drawn from the run's secret, for a mask from a public seed is public."""
+    """The paper's ablation: exactly k entries, drawn from the run's secret: a public seed gives a public mask."""
     def draw(name, p):
         uniform = secret_generator(secret, "mask/" + name).random(tuple(p.shape), dtype=np.float32)
         return split_like(p, torch.from_numpy(uniform))
