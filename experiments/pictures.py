@@ -209,3 +209,20 @@ def proposition1(evidence, path):
 
 ALL = {"anatomy": anatomy, "costs": costs, "figure2": figure2, "figure3": figure3, "figure4": figure4,
        "figure5": figure5, "figure6": figure6, "proposition1": proposition1}
+KINDS = {"figure5": "landscape", "figure6": "gradients", "proposition1": "one_step"}
+CAPTIONS = {"anatomy": "Held-out loss against fine-tuned accuracy", "costs": "Accuracy by updates of fine-tuning",
+            "figure2": "Figure 2", "figure3": "Figure 3", "figure4": "Figure 4", "figure5": "Figure 5",
+            "figure6": "Figure 6", "proposition1": "Proposition 1"}
+
+
+def there(evidence, name):
+    """Whether there are results for a picture."""
+    if name in KINDS:
+        return bool(evidence.measured(KINDS[name], "pmp") and evidence.measured(KINDS[name], "dense"))
+    return bool(evidence.runs("dense", MAIN[0]))
+
+
+def link(evidence, name):
+    """A picture's line in a document."""
+    path = f"results/{evidence.results.name}/{name}.png"
+    return f"![{CAPTIONS[name]}]({path})" if there(evidence, name) else f"({CAPTIONS[name]}: not run yet.)"

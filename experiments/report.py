@@ -8,6 +8,7 @@ It reads results only, and takes seconds.
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -168,13 +169,16 @@ TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": tabl
           "recovery": recovery, "adversaries": adversaries}
 
 
+DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
+
+
 def filled(text, evidence):
-    """A document with each table between its markers, <!-- NAME --> and <!-- /NAME -->."""
+    """A document with each table and picture between its markers, <!-- NAME --> and <!-- /NAME -->."""
     def table(match):
         name = match[1]
-        return f"<!-- {name} -->\n{TABLES[name](evidence)}\n<!-- /{name} -->"
+        return f"<!-- {name} -->\n{DOCUMENT[name](evidence)}\n<!-- /{name} -->"
 
-    return re.sub(f"<!-- ({'|'.join(TABLES)}) -->.*?<!-- /\\1 -->", table, text, flags=re.DOTALL)
+    return re.sub(f"<!-- ({'|'.join(DOCUMENT)}) -->.*?<!-- /\\1 -->", table, text, flags=re.DOTALL)
 
 
 def main(argv=None):
@@ -193,8 +197,8 @@ def main(argv=None):
         with atomic(document) as file:
             file.write(text.encode())
     pictures.forest(claims(evidence.results), evidence.results.folder / "verdicts.png")
-    for name, draw in pictures.ALL.items():
-        draw(evidence, evidence.results.folder / f"{name}.png")
+    for name in filter(partial(pictures.there, evidence), pictures.ALL):
+        pictures.ALL[name](evidence, evidence.results.folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Made:
 
     def __init__(self, make, scale="laptop", known=()):
         self.make, self.scale, self.found, self.known, self.memo = make, plan.SCALES[scale], {}, known, {}
+        self.name = scale
 
     def get(self, job):
         if job and (not self.known or job.kind in self.known):
@@ -522,17 +523,18 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
     assert tables["verdicts"].count("\n| ") == 1 + 23 and "| full, PMP | " in tables["table1"]
     assert "| Lion |" in tables["adversaries"] or len(tables["adversaries"].splitlines()) == 2 + 10
     for name, draw in pictures.ALL.items():
+        assert pictures.there(evidence, name)
         draw(evidence, tmp_path / f"{name}.png")
     assert len(drawn) == len(pictures.ALL)
     empty = verdicts.Evidence(Made(no_effect, known=("none",)))  # nothing has been run yet
-    assert all(isinstance(table(empty), str) for table in report.TABLES.values())
+    assert all(isinstance(table(empty), str) for table in report.DOCUMENT.values())
     assert {row.verdict for row in verdicts.claims(empty.results)} == {"not run"}
 
 
 def test_the_tables_in_the_readme_are_what_the_results_say():
     evidence = verdicts.Evidence(Results("laptop").refresh())
     text = (HERE / "README.md").read_text()
-    assert all(f"<!-- {name} -->" in text for name in report.TABLES)
+    assert all(f"<!-- {name} -->" in text for name in report.DOCUMENT)
     assert report.filled(text, evidence) == text, "run: python experiments/report.py --scale laptop --write"
 
 
