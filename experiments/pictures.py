@@ -11,8 +11,8 @@ COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "cha
            "dense": "#222222", "pmp": "#1f5f99", "pmp + mask": "#7fb2d9", "random": "#d98032", "scratch": "#bbbbbb",
            "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
            "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
-           "not run": "#dddddd"}
-SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_"}
+           "not run": "#dddddd", "unfinished": "#999999"}
+SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_", "unfinished": "_"}
 
 
 def subplots(*args, **kwargs):

@@ -453,7 +453,8 @@ def test_a_row_can_be_mixed_and_below_counts_as_for_the_claim():
         return verdicts.Row("a", [verdicts.Marker("x", verdict=one) for one in found]).verdict
     assert of("holds", "does not hold", "open") == "mixed" and of("holds", "open") == "open"
     assert of("does not hold", "open") == "does not hold" and of("holds", "not run") == "partly run"
-    assert of("not run") == of() == "not run"
+    assert of("not run") == of() == "not run" and of("holds", "unfinished") == "partly run"
+    assert verdicts.marker("x", [1.0, 1.1, 1.2], planned=8).verdict == "unfinished"
     assert of("tells nothing") == "tells nothing"
     below = verdicts.Marker("x", estimate=0.02, margin=0.05, above=False, p=0.001)
     below.judge(0.01)

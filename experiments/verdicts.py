@@ -49,6 +49,7 @@ class Marker:
     above: bool = True
     p: float = math.nan  # two-sided, against the margin
     n: int = 0  # pre-trainings
+    planned: int = 2  # with fewer there is no verdict yet
     unit: str = ""
     verdict: str = "not run"
 
@@ -72,7 +73,7 @@ class Row:
         if found <= {"not run", "tells nothing"}:
             return "not run" if "not run" in found or not found else "tells nothing"
         found -= {"tells nothing"}
-        if "not run" in found:
+        if found & {"not run", "unfinished"}:
             return "partly run"
         if {"holds", "does not hold"} <= found:
             return "mixed"
@@ -89,7 +90,10 @@ def marker(label, values, error=None, **more):
         return Marker(label, n=n, **more)
     error = error or float(values.std(ddof=1)) / math.sqrt(n)
     found = Marker(label, float(values.mean()), quantile(n) * error, n=n, **more)
-    found.p = two_sided((found.estimate - found.margin) / max(error, 1e-12), n)
+    if n < found.planned:
+        found.verdict = "unfinished"
+    else:
+        found.p = two_sided((found.estimate - found.margin) / max(error, 1e-12), n)
     return found
 
 
@@ -112,6 +116,10 @@ class Evidence:
 
     def __init__(self, results):
         self.results, self.scale = results, results.scale
+
+    def planned(self, *models):
+        """How many pre-trainings there will be of all these models."""
+        return min(self.scale.seeds[MODELS[name].seeds] for name in models)
 
     def runs(self, arm, task):
         """{seed: result} of an arm for the record."""
@@ -189,7 +197,8 @@ class Evidence:
             if error is None or math.isnan(gain):
                 found.append(Marker(label, unit="% of the gain", margin=100 * margin))
                 continue
-            one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain")
+            one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
+                         planned=self.planned(*(ARMS[arm].model for arm in test)))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
             if not clear:
                 one.verdict, one.p = "tells nothing", math.nan
@@ -224,7 +233,7 @@ def losses(evidence, claim, pairs, margin):
     for label, (first, second) in pairs.items():
         one, other = evidence.models(first), evidence.models(second)
         row.markers.append(marker(label, by_seed(one, other, lambda a, b: a["text_loss"] - b["text_loss"]),
-                                  margin=margin, above=False, unit="nats"))
+                                  margin=margin, above=False, unit="nats", planned=evidence.planned(first, second)))
     return row
 
 
@@ -283,6 +292,7 @@ LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats,
 
 def geometry(evidence):
     """Rows 13 to 17."""
+    mark = partial(marker, planned=evidence.planned("pmp"))
     row13 = Row("13 the complement curves more (Assumption 1)")
     more13 = Row("   more than in dense, with the same mask")
     bends = {}
@@ -293,8 +303,8 @@ def geometry(evidence):
                     np.mean(places["complement"]), np.mean(places["ticket"]), LEAST["curvature"])
     for scaling in SCALINGS:
         own, dense = (bends.get((model, scaling), {}) for model in ("pmp", "dense"))
-        row13.markers.append(marker(scaling, own.values(), unit="log ratio"))
-        more13.markers.append(marker(scaling, by_seed(own, dense, lambda a, b: a - b), unit="log ratio"))
+        row13.markers.append(mark(scaling, own.values(), unit="log ratio"))
+        more13.markers.append(mark(scaling, by_seed(own, dense, lambda a, b: a - b), unit="log ratio"))
 
     row14 = Row("14 an outsider's step raises the loss (eq. 8)")
     more14 = Row("   more than it does in dense")
@@ -304,21 +314,22 @@ def geometry(evidence):
     for i, size in enumerate(SIZES):
         at = {key: {seed: change[i] for seed, change in found.items()} for key, found in steps.items()}
         own, dense = at["pmp", "outsider"], at["dense", "outsider"]
-        row14.markers.append(marker(f"step {size:g}", [growth(change, 0, LEAST["step"]) for change in own.values()],
-                                    unit="signed log"))
-        more14.markers.append(marker(f"step {size:g}", by_seed(own, dense, partial(growth, least=LEAST["step"])),
-                                     unit="log ratio"))
-        row15.markers.append(marker(f"step {size:g}", excess(*at.values(), LEAST["step"]), unit="log ratio"))
+        row14.markers.append(mark(f"step {size:g}", [growth(change, 0, LEAST["step"]) for change in own.values()],
+                                  unit="signed log"))
+        more14.markers.append(mark(f"step {size:g}", by_seed(own, dense, partial(growth, least=LEAST["step"])),
+                                   unit="log ratio"))
+        row15.markers.append(mark(f"step {size:g}", excess(*at.values(), LEAST["step"]), unit="log ratio"))
 
     row16, row17 = Row("16 gradients do not tell the mask (5.2)"), Row("17 the mask cannot be recovered (5.2)")
     for label in ("all entries", "within tensors"):
         found = [result["auc"][label] for result in evidence.measured("gradients", "pmp").values()]
-        row16.markers.append(marker(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
-                                    unit="AUC"))
+        row16.markers.append(mark(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
+                                  unit="AUC"))
     chance = 0.7 / (2 - 0.7)
     for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
         _, values = strongest_attack(evidence, model)
-        row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU"))
+        row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
+                                    planned=evidence.planned(model)))
     return [row13, more13, row14, more14, row15, row16, row17]
 
 
@@ -333,7 +344,7 @@ def dynamics(evidence):
         values = (by_seed(*reached, partial(growth, least=0.01)),
                   by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
         for row, found in zip(rows, values):
-            row.markers.append(marker(task, found, unit="log ratio"))
+            row.markers.append(marker(task, found, unit="log ratio", planned=evidence.planned("pmp")))
     return rows
 
 
