@@ -527,7 +527,9 @@ class Run:
         for name, p in params.items():
             assign(p, saved[f"model.{name}"])
         packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
-        self.progress.say(f"going on after update {state['step']}")
+        last = state["step"] == self.config.steps
+        self.progress.say("all updates are done: the release is written again" if last else
+                          f"going on after update {state['step']}")
         return saved, unpack_mask(packed, params) if packed else None, state["step"]
 
     def keep_density(self, masks):
@@ -689,7 +691,7 @@ def main(argv=None):
             where = f"after step {run.progress.last} of stage {run.progress.stage}"
             raise Stopped(f"{where if run.progress.stage else 'in the first step'}: {error}; the last good checkpoint "
                           f"stays in {folder.private}; start a new run with a lower --lr") from None
-    print(f"\nreleased {folder.release}; keep {folder.private} to yourself\n")
+    print(f"\nreleased {folder.release}; keep {folder.private} to yourself\n\na sample of the release:")
     start = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = run.model.generate(start, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
     print(run.tokenizer.decode(text))

@@ -2,8 +2,9 @@
 
     python experiments/plot.py OUT [OUT2 ...]
 
-The picture goes beside the log of the first run, as OUT/run.png. Where a run's mask is at hand, its density by layer
-and kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays in OUT/private.
+The picture goes beside the log of the first run, as OUT/run.png, or OUT/runs.png of several. Where a run's mask is at
+hand, its density by layer and kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays
+in OUT/private.
 """
 
 import json
@@ -57,7 +58,8 @@ def draw_runs(outs, path):
         if "iou" in log["I"]:
             left.plot(*log["I"]["iou"], style, color=COLOURS["ticket"], label="consecutive masks" + label)
             chance = log["I"]["iou_chance"][1][0]
-            left.axhline(chance, color=COLOURS["chance"], linestyle=":", label=f"two random masks ({chance:.2f})")
+            left.axhline(chance, color=COLOURS["chance"], linestyle=":",
+                         label=f"two random masks ({chance:.2f})" if out == outs[0] else None)
         if "loss" in log["II"]:
             steps, loss = log["II"]["loss"]
             right.plot(steps, smooth(loss, 25), style, color=COLOURS["train"], linewidth=1,
@@ -110,7 +112,7 @@ def main(argv=None):
     outs = parser.parse_args(argv).out
     for out in outs:
         require(os.path.isdir(out), f"there is no folder {out}: name the --out of a run")
-    draw_runs(outs, Path(outs[0]) / "run.png")
+    draw_runs(outs, Path(outs[0]) / ("run.png" if len(outs) == 1 else "runs.png"))
     for out in outs:
         draw_density(out)
 

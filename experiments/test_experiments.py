@@ -546,7 +546,7 @@ def test_a_run_is_drawn_and_its_density_stays_private(finished, monkeypatch, tmp
     monkeypatch.setattr(plot, "save", lambda figure, path, mode=0o644: names.append((path, mode)))
     plot.main([str(finished), str(finished)])
     private = finished / "private" / "density.png"
-    assert names == [(finished / "run.png", 0o644), (private, 0o600), (private, 0o600)]
+    assert names == [(finished / "runs.png", 0o644), (private, 0o600), (private, 0o600)]
     log = plot.read_log(finished)
     assert log["I"]["iou"].shape == (2, 2) and log["II"]["val_loss"][0].tolist() == [3, 6]
     (tmp_path / "log.jsonl").write_text((finished / "log.jsonl").read_text() + '{"stage": "II", "st')
