@@ -695,7 +695,7 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
     history, updates, diverged = fit(
         Rows(model, name, data, seed, settings, machine), optimizer,
         settings.lr or default_rate(method, model.head.size(1)), settings, machine,
-        progress and partial(progress.step, f"{name} {method} seed {seed}"))
+        progress and partial(progress.step, f"{name} {method}{' + mask' * bool(masks)} seed {seed}"))
     scores = {}
     for column in TASKS[name].columns:
         epochs = [scored[column] for scored in history]
@@ -766,7 +766,7 @@ def sweep(release, runs, results, glue_dir, data_name, settings, machine, compil
         check_file(Path(glue_dir) / file)
     at_work = 0
     encoded = {}
-    for name, method, seed in runs:
+    for number, (name, method, seed) in enumerate(runs, 1):
         wanted = {"task": name, "model": str(release.folder), "method": method, "seed": seed, **common}
         with results.claim(identity(wanted)) as mine:
             if identity(wanted) in map(identity, results.read()):
@@ -776,7 +776,7 @@ def sweep(release, runs, results, glue_dir, data_name, settings, machine, compil
                 continue
             if name not in encoded:
                 encoded = {name: encode_task(name, glue_dir, release.tokenizer, settings.max_length)}
-            run_one(release, wanted, encoded[name], results, settings, machine, compile)
+            run_one(release, wanted, encoded[name], results, settings, machine, compile, f"{number}/{len(runs)} ")
     wait_for_ranks()
     if at_work:
         print(f"another process was at work on {at_work} of the runs: start this again to see them")
@@ -784,10 +784,10 @@ def sweep(release, runs, results, glue_dir, data_name, settings, machine, compil
             if all(result.get(key) == common[key] for key in ("weights", "data", "settings"))]
 
 
-def run_one(release, wanted, data, results, settings, machine, compile):
-    """Fine-tune once, and append the result."""
+def run_one(release, wanted, data, results, settings, machine, compile, number):
+    """Fine-tune once, and append the result. number: "3/24 ", for the screen."""
     name, method, seed = wanted["task"], wanted["method"], wanted["seed"]
-    progress = Progress(None, settings.batch_size, "rows_per_s", prefix="")
+    progress = Progress(None, settings.batch_size, "rows_per_s", prefix=number)
     body, masks = release.copy(machine.device)
     if machine.wants_compile(compile, 0):
         machine.compile(body, torch.zeros(2, 8, dtype=torch.long, device=machine.device), progress.say)
@@ -796,7 +796,7 @@ def run_one(release, wanted, data, results, settings, machine, compile):
     results.append(wanted | outcome | {"seconds": round(time.perf_counter() - began, 1)})
     texts = [f"{column} {scores['last']['accuracy']:.2f} (best epoch {scores['best']['accuracy']:.2f})"
              for column, scores in outcome["scores"].items()]
-    progress.say(f"{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(texts)
+    progress.say(f"{number}{name} {method}{' + mask' if masks else ''} seed {seed}: " + "  ".join(texts)
                  + ("  DIVERGED" if outcome["diverged"] else ""))
 
 

@@ -3,8 +3,8 @@
     python pmp.py --rho 0.7
 
 This file is section 2 of the paper (arXiv:2602.00446), from top to bottom; equation numbers are the paper's. First the
-settings. Stage I finds the ticket, stage II trains the ticket alone, stage III releases the weights without the mask.
-`pmp` puts the three together. Last comes what the stages share, and the command line.
+settings, and `pmp`, the whole of it. Stage I finds the ticket, stage II trains the ticket alone, stage III releases the
+weights without the mask. Last comes what the stages share, and the command line.
 
 A mask is a dict {parameter name: bool tensor}: True is the ticket, False the complement.
 """
@@ -12,7 +12,7 @@ A mask is a dict {parameter name: bool tensor}: True is the ticket, False the co
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word; then command_line acts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for Ctrl-C alone: it ends the slow imports without a word
 
 import math
 import secrets
@@ -30,6 +30,8 @@ from runtime.files import Stopped, UserError, write_json
 from runtime.folder import Folder, StopRequest
 from runtime.huggingface import save_folder
 from runtime.machine import Machine
+# Without --shard whole(x) is x, count(mask) the number of True, split_like(p, x) is x on p's device; in one process
+# from_first(f, ...) is f(...).
 from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
                               memory_per_rank, place, share, split_like, whole, world)
 from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
@@ -51,13 +53,16 @@ class Preset:
 
 LAPTOP = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "grad_accum": 1,
           "val_every": 200, "val_blocks": 64, "save_every": 200}
+MINI = {"vocab_size": 4096, "max_position_embeddings": 1024, "hidden_size": 192, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 PRESETS = {
     "tiny": Preset(LlamaConfig(  # two minutes on a laptop
         vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
-    "mini": Preset(LlamaConfig(  # half of tiny: for sweeps of many models on a laptop
-        vocab_size=4096, max_position_embeddings=1024, hidden_size=192, intermediate_size=512,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
+    # a third of tiny, for sweeps of many models on a laptop; its head is tied to its embedding
+    "mini": Preset(LlamaConfig(**MINI, tie_word_embeddings=True), "bpe", LAPTOP),
+    "mini-untied": Preset(LlamaConfig(**MINI), "bpe", LAPTOP),
+    "mini-gpt2": Preset(GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
     "gpt2": Preset(GPT2Config()),
     "tinyllama": Preset(LlamaConfig()),  # the paper's 1.1B shape (section 4.1), with GPT-2's vocabulary
 }
@@ -65,9 +70,13 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Everything that decides what a run computes. Each field is a flag; the defaults are the paper's (4.1, app. A)."""
+    """Everything that decides what a run computes. Each field is a flag.
 
-    rho: float = flag(0.7, "share of all parameters that the ticket holds, in (0, 1]; 1.0 trains without PMP")
+    Where section 4.1 or appendix A name a number it is the default. A preset may have its own: `tiny` does.
+    """
+
+
+    rho: float = flag(0.7, "share of all parameters that the ticket keeps, in (0, 1]; 1.0 trains without PMP")
     preset: str = flag("tiny", "model and its defaults", tuple(PRESETS))
     data: str = flag("slimpajama", "prose, slimpajama, or a .txt or .jsonl file, also .gz or .xz")
     out: str = flag("out", "folder of the run: OUT/release is for publication, OUT/private stays with you")
@@ -90,7 +99,7 @@ class Config:
     save_every: int = flag(500, "updates between checkpoints")
     shuffle_buffer: int = flag(50000, "documents that are shuffled together")
     cache: str = flag(str(Path(__file__).parent / "data" / "cache"), "folder that keeps prepared text")
-    seed: int = flag(42, "decides data order and all else, except the initial weights")
+    seed: int = flag(42, "decides the order of the data; theta(0) and a random mask come from a secret")
     init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", ("auto", "fp32", "bf16"))
@@ -108,33 +117,30 @@ class Config:
 # flags that say where and how a run computes, not what: --resume takes new ones
 MACHINE = ("device", "compile", "checkpointing", "shard")
 
+# -----------------------------------------------------------------------------
+# section 2 as a whole
 
-def check(config):
-    """Raise UserError for settings that no run can have."""
-    check_fields(config)
-    for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
-                 "save_every", "shuffle_buffer"):
-        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
-        require(1 <= getattr(config, name) <= most,
-                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
-    for name in ("seed", "init_seed"):
-        number = getattr(config, name) or 0
-        require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
-    model = build(PRESETS[config.preset].shape, device="meta")
-    d = sum(p.numel() for p in model.parameters())
-    require(0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket")
-    require(config.rho * d >= 1, f"--rho {config.rho} leaves no parameter in the ticket: raise it")
-    require(0 <= config.warmup <= config.steps,
-            f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps ({config.steps})")
-    require(0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number")
-    require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
-    require(0 <= config.weight_decay < 1 / config.lr,
-            f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
-    require(0 < config.clip < math.inf,
-            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
-    require(2 <= config.block_size <= model.max_positions,
-            f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
-            f"--preset {config.preset}")
+
+def pmp(run, make_optimizer=None):
+    """Section 2: from theta(0), or from the run's checkpoint, to the release. run: a Run, below.
+
+    make_optimizer(params, masks, weight_decay): MaskedAdamW, or something with its methods.
+    """
+    params = dict(run.model.named_parameters())
+    initialise(run.model, run.secret)  # theta(0)
+    run.compile()
+    saved, masks, step = run.load()  # of a new run: nothing; else the checkpoint's weights replace theta(0)
+    if not saved and run.config.rho < 1:
+        masks = find_ticket(run)  # stage I
+        run.keep_density(masks)
+        initialise(run.model, run.secret)  # back to theta(0)
+    optimizer = (make_optimizer or MaskedAdamW)(params, masks, run.config.weight_decay)
+    if saved:
+        optimizer.load_state(saved)
+    else:
+        run.save(masks, optimizer, step)  # so that a resumed run need not repeat stage I
+    pretrain(run, masks, optimizer, step)  # stage II
+    release(run, masks)  # stage III
 
 
 # -----------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def topk_mask(scores, k):
 
 
 def random_mask(params, k, secret):
-    """The paper's ablation: exactly k entries, drawn from the run's secret, for a mask from a public seed is public."""
+    """The paper's ablation: exactly k entries, drawn from the run's secret: a public seed gives a public mask."""
     def draw(name, p):
         uniform = secret_generator(secret, "mask/" + name).random(tuple(p.shape), dtype=np.float32)
         return split_like(p, torch.from_numpy(uniform))
@@ -174,14 +180,17 @@ def random_mask(params, k, secret):
 
 
 def iou(a, b):
-    """Eq. 3: intersection over union of two masks. Two random masks share rho / (2 - rho)."""
+    """Eq. 3: intersection over union, |a & b| / |a | b|. Of two random masks it is rho / (2 - rho)."""
     both = sum(count(a[name] & b[name]) for name in a)
     either = sum(count(a[name] | b[name]) for name in a)
     return both / either
 
 
 class EarlyBird:
-    """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row."""
+    """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row.
+
+    Section 2.1 says "several successive steps", 4.1 an IoU of 0.99 for 5 steps. The mask at the end of them is taken.
+    """
 
     def __init__(self, threshold, patience):
         self.threshold, self.patience = threshold, patience
@@ -202,8 +211,9 @@ class EarlyBird:
 def find_ticket(run):
     """Stage I: warm up the dense model from theta(0) for at most t_EB steps, and choose the ticket on the way.
 
-    The warm-up reads the first mini-batches of the training data (D_pre). Afterwards the model holds theta(t_EB): the
-    caller goes back to theta(0). Returns the mask.
+    run: a Run, below; run.gradient(t) leaves the gradient of mini-batch t in the parameters. The warm-up reads the
+    first mini-batches of the training data, and leaves a warmed-up model: the caller goes back to theta(0). Returns the
+    mask. A random mask needs no warm-up.
     """
     config = run.config
     params = dict(run.model.named_parameters())
@@ -211,7 +221,7 @@ def find_ticket(run):
     if config.mask == "random":
         return random_mask(params, k, run.secret)
     bird = EarlyBird(config.eb_iou, config.eb_patience)
-    optimizer = MaskedAdamW(params, None, config.weight_decay)
+    optimizer = MaskedAdamW(params, None, config.weight_decay)  # no mask yet: plain AdamW
     score, scores = SCORES[config.score], {}
     chance = config.rho / (2 - config.rho)
     for step in range(config.eb_steps):
@@ -219,7 +229,7 @@ def find_ticket(run):
         for name, p in params.items():
             scores[name] = score(p.detach(), p.grad, scores.get(name, 0.0), step + 1)
         overlap = bird.see(topk_mask(scores, k))  # eq. 2 and 3
-        lr = config.lr * (step + 1) / config.eb_steps  # whatever stage II's schedule is
+        lr = config.lr * (step + 1) / config.eb_steps  # rises to the last step; not stage II's schedule
         norm = optimizer.step(lr, config.clip)
         numbers = {} if overlap is None else {"iou": overlap, "iou_chance": chance}
         run.progress.step("I", step + 1, config.eb_steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
@@ -239,11 +249,9 @@ def find_ticket(run):
 # -----------------------------------------------------------------------------
 # stage II: private mask pre-training (section 2.2)
 
-COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says True here
-
 
 class MaskedAdamW:
-    """Eq. 5 with AdamW: the ticket moves, the complement keeps its bits.
+    """Eq. 5 with AdamW for the gradient: theta_M <- theta_M - lr * AdamW(g_M); the complement keeps its bits.
 
     params: {name: Parameter}; masks: {name: bool}, or None for plain AdamW; a parameter without a mask trains whole.
     Decoupled weight decay applies to matrices. Three things would move the complement. Its gradient: it is zeroed,
@@ -321,8 +329,11 @@ def pretrain(run, masks, optimizer, step):
             run.leave(f"saved after update {step}")
 
 
+COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says True here
+
+
 class Complement:
-    """Watches that the complement stays as it is, by a checksum of each parameter, which costs next to nothing."""
+    """An early alarm, by a checksum of each parameter, when the complement moves. The proof is in `release`."""
 
     def __init__(self, model, masks):
         self.params = {name: p for name, p in model.named_parameters() if masks}
@@ -347,13 +358,39 @@ class Complement:
 # - A frozen weight is a draw that was rounded once, so its bits have no pattern: see initial_value in model.py.
 # - A zero step must change no bit, so theta(0) holds no -0.0, which adding 0 turns into 0.0.
 # - Norm gains and biases start as constants. One that is still exactly 1 or 0 was frozen: this is not hidden.
-# - Weight decay multiplies the ticket alone; Adam's step follows, and fills what gaps its rounding leaves. Only an
-#   entry that never has a gradient is merely shrunk; a ticket chosen by gradients has few of those.
+# - Weight decay multiplies the ticket alone, and a rounded product could leave gaps between its values. Adam's step
+#   follows at once and closes them, but for an entry that never has a gradient; a ticket has few of those.
 # - A tied head is one tensor with one mask, so no copy of it can disagree.
-# - The order of the tensors, the header and the other files are the same for every mask, and without one. The checksum
-#   is a function of the published bytes.
+# - The order of the tensors, the header and the other files are the same for every mask, and without one. The
+#   checksum in the header is a function of the published bytes.
 # - A model that an authorised user fine-tuned differs from the release in the ticket alone. In any precision, whoever
 #   publishes it publishes the mask.
+
+
+def complement_moved(model, masks, secret):
+    """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
+    moved = 0
+    for name, p in model.named_parameters():
+        theta_0 = split_like(p, initial_value(model, name, p.shape, secret))
+        moved += count((bits(p) != bits(theta_0)) & ~masks[name])
+    return moved
+
+
+def release(run, masks):
+    """Publish the dense weights, the config and the tokenizer; keep the mask."""
+    params = dict(run.model.named_parameters())
+    if masks:
+        moved = complement_moved(run.model, masks, run.secret)
+        if moved and not COMPLEMENT_MOVES:
+            raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
+                            "COMPLEMENT_MOVES in pmp.py")
+        save_mask(run.folder.private / "mask.safetensors", masks, params)
+    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
+    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
+
+
+# -----------------------------------------------------------------------------
+# the mask's file, and its shape: both stay private
 
 
 def pack_mask(masks):
@@ -388,15 +425,6 @@ def load_mask(path, params):
     return unpack_mask(packed, params)
 
 
-def complement_moved(model, masks, secret):
-    """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
-    moved = 0
-    for name, p in model.named_parameters():
-        theta_0 = split_like(p, initial_value(model, name, p.shape, secret))
-        moved += count((bits(p) != bits(theta_0)) & ~masks[name])
-    return moved
-
-
 def density_by_kind(masks):
     """{kind of layer: share of its parameters in the ticket}. Private: it tells an attacker where to look."""
     kept, size = {}, {}
@@ -405,45 +433,6 @@ def density_by_kind(masks):
             kept[kind] = kept.get(kind, 0) + int(part.sum())
             size[kind] = size.get(kind, 0) + part.numel()
     return {kind: kept[kind] / size[kind] for kind in KINDS if kind in size}
-
-
-def release(run, masks):
-    """Publish the dense weights, the config and the tokenizer; keep the mask."""
-    params = dict(run.model.named_parameters())
-    if masks:
-        moved = complement_moved(run.model, masks, run.secret)
-        if moved and not COMPLEMENT_MOVES:
-            raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
-                            "COMPLEMENT_MOVES in pmp.py")
-        save_mask(run.folder.private / "mask.safetensors", masks, params)
-    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
-    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
-
-
-# -----------------------------------------------------------------------------
-# all of it
-
-
-def pmp(run, make_optimizer=None):
-    """Section 2: from theta(0), or from the run's checkpoint, to the release.
-
-    make_optimizer(params, masks, weight_decay): MaskedAdamW, or something with its methods.
-    """
-    params = dict(run.model.named_parameters())
-    initialise(run.model, run.secret)  # theta(0)
-    run.compile()
-    saved, masks, step = run.load()  # of a new run: nothing
-    if not saved and run.config.rho < 1:
-        masks = find_ticket(run)  # stage I
-        run.keep_density(masks)
-        initialise(run.model, run.secret)  # back to theta(0)
-    optimizer = (make_optimizer or MaskedAdamW)(params, masks, run.config.weight_decay)
-    if saved:
-        optimizer.load_state(saved)
-    else:
-        run.save(masks, optimizer, step)
-    pretrain(run, masks, optimizer, step)  # stage II
-    release(run, masks)  # stage III
 
 
 # -----------------------------------------------------------------------------
@@ -463,7 +452,7 @@ class Run:
         """secret: bytes that theta(0) is drawn from; folder: Folder; stop: StopRequest, true when the user asks."""
         self.config, self.secret, self.folder, self.stop = config, secret, folder, stop
         self.machine = Machine(config.device, config.dtype)
-        from_first(share, config.sequences)  # what cannot be shared shows once, and before anything is prepared
+        from_first(share, config.sequences)  # what cannot be shared fails once, and before anything is prepared
         tokenizer = PRESETS[config.preset].tokenizer
         self.tokens = config.sequences * config.block_size  # in an update
         self.tokenizer, train, validation = first_then_others(lambda: prepare(
@@ -471,17 +460,21 @@ class Run:
             cache=config.cache, shuffle_buffer=config.shuffle_buffer, say=partial(print, flush=True)))
         self.train, self.validation = (Reader(text, config.batch_size, config.block_size, self.machine.device)
                                        for text in (train, validation))
-        train.read(0, config.sequences, config.block_size)  # too small a text shows before anything is written
+        train.read(0, config.sequences, config.block_size)  # too small a text fails before anything is written
         self.identity = identity(config, secret, self.tokenizer.fingerprint)
 
     def begin(self):
         """Build the model, its weights still empty, and open the log."""
         config = self.config
-        _, state = self.folder.load(self.identity)
-        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
+        saved, state = self.folder.load(self.identity)
         shape = replace(PRESETS[config.preset].shape, vocab_size=self.tokenizer.size)
         self.model, layout = place(partial(build, shape), self.machine.device, config.shard)
         self.model.checkpointing = config.checkpointing
+        for name, p in self.model.named_parameters():
+            if saved and getattr(saved.get(f"model.{name}"), "shape", None) != p.shape:
+                raise UserError(f"the checkpoint in {self.folder.private} has no {name} of this model: restore it from "
+                                "a copy, or start a new run with another --out")
+        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
         d = sum(p.numel() for p in self.model.parameters())
         self.progress.say(f"{config.preset}: {d:,} parameters, {self.tokens:,} tokens an update, {self.machine.device} "
                           f"{self.machine.dtype}{layout}")
@@ -534,7 +527,9 @@ class Run:
         for name, p in params.items():
             assign(p, saved[f"model.{name}"])
         packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
-        self.progress.say(f"going on after update {state['step']}")
+        last = state["step"] == self.config.steps
+        self.progress.say("all updates are done: the release is written again" if last else
+                          f"going on after update {state['step']}")
         return saved, unpack_mask(packed, params) if packed else None, state["step"]
 
     def keep_density(self, masks):
@@ -551,6 +546,34 @@ class Run:
 
 # -----------------------------------------------------------------------------
 # the command line
+
+
+def check(config):
+    """Raise UserError for settings that no run can have."""
+    check_fields(config)
+    for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
+                 "save_every", "shuffle_buffer"):
+        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
+        require(1 <= getattr(config, name) <= most,
+                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
+    for name in ("seed", "init_seed"):
+        number = getattr(config, name) or 0
+        require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
+    model = build(PRESETS[config.preset].shape, device="meta")
+    d = sum(p.numel() for p in model.parameters())
+    require(0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket")
+    require(config.rho * d >= 1, f"--rho {config.rho} leaves no parameter in the ticket: raise it")
+    require(0 <= config.warmup <= config.steps,
+            f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps ({config.steps})")
+    require(0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number")
+    require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
+    require(0 <= config.weight_decay < 1 / config.lr,
+            f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
+    require(0 < config.clip < math.inf,
+            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
+    require(2 <= config.block_size <= model.max_positions,
+            f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
+            f"--preset {config.preset}")
 
 
 def plan(config):
@@ -668,7 +691,7 @@ def main(argv=None):
             where = f"after step {run.progress.last} of stage {run.progress.stage}"
             raise Stopped(f"{where if run.progress.stage else 'in the first step'}: {error}; the last good checkpoint "
                           f"stays in {folder.private}; start a new run with a lower --lr") from None
-    print(f"\nreleased {folder.release}; keep {folder.private} to yourself\n")
+    print(f"\nreleased {folder.release}; keep {folder.private} to yourself\n\na sample of the release:")
     start = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
     text = run.model.generate(start, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
     print(run.tokenizer.decode(text))

@@ -113,7 +113,7 @@ class PackedFile:
 
     def refresh(self):
         """Read again how far the file is, for another process may be writing it."""
-        begun = self.bin.exists() and self.bin.stat().st_size > 0  # in this order, for the .bin is written first
+        begun = self.bin.exists() and self.bin.stat().st_size > 0  # in this order: the .bin is written first
         if not self.json.exists():
             if begun:
                 raise UserError(f"{self.json} is missing: delete the folder {self.json.parent} and run again")

@@ -1,23 +1,20 @@
-"""Beyond the paper: what a determined outsider can do. Can the mask be recovered? Can one fine-tune without it?
+"""Beyond the paper: what a determined outsider can do. Guesses at the mask, and ways to fine-tune without it.
 
-    python experiments/attacks.py --scale laptop
-
-First recovery: each guess at the mask is a score for every parameter, judged by its AUC and, with rho known, by the IoU
-of its top rho. Then adaptation: each adversary searches learning rate and epochs, as for the dense model, and the
-strongest are tried on that too. The table says how much of the dense model's gain over a random initialisation each one
-gets back.
+Each guess is a score for every parameter, judged by its AUC and, with rho known, by the IoU of its top rho. Functions
+take `shop`, run.py's Workshop, and `release`, the pre-trained model that is attacked.
 """
 
 import copy
 import hashlib
 import json
 import math
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
+from measures import auc, gradient
 
-from common import BASE, FULL, LORA, MASKED_FULL, SCRATCH, SEEDS, VARIANTS, Adversary, gradient, markdown, mean_sd, run
 from glue import Settings, default_rate, fit
 from model import RESIDUAL, initial_value, initialise
 from pmp import MaskedAdamW, iou, random_mask, topk_mask
@@ -26,20 +23,20 @@ from pmp import MaskedAdamW, iou, random_mask, topk_mask
 # recovery: {name: tensor}, larger where a parameter is more likely in the ticket
 
 
-def gradient_score(lab, release, batches):
+def gradient_score(shop, release, batches):
     """|gradient| of the released weights on public text, the sum over mini-batches (section 5.2's adversary)."""
-    return added_gradients(lab, release.body, batches)
+    return added_gradients(shop, release, release.body, batches)
 
 
-def added_gradients(lab, body, batches):
+def added_gradients(shop, release, body, batches):
     scores = {name: torch.zeros_like(p) for name, p in body.named_parameters()}
     for index in range(batches):
-        for name, g in gradient(body, lab.public(index), lab.machine).items():
+        for name, g in gradient(body, shop.public(release, index), shop.machine).items():
             scores[name] += g.abs()
     return scores
 
 
-def magnitude_score(lab, release):
+def magnitude_score(shop, release):
     return {name: p.detach().abs() for name, p in release.body.named_parameters()}
 
 
@@ -56,7 +53,7 @@ def exact_spread(release):
             for name, spread in initial_spread(release).items()}
 
 
-def distance_score(lab, release, bins=200):
+def distance_score(shop, release, bins=200):
     """How improbable a weight is as a draw of theta(0), given how many weights of its tensor lie there.
 
     A tensor is a mixture of frozen draws of N(0, s) and trained weights. With p the density of its |w| and f that of
@@ -80,19 +77,19 @@ def distance_score(lab, release, bins=200):
     return scores
 
 
-def constant_score(lab, release):
+def constant_score(shop, release):
     """Constants that never moved: a norm gain at exactly 1 was frozen. Of all other parameters it knows nothing."""
     return {name: torch.ones_like(p) if spread else (p.detach() != p.detach().flatten().mode().values).float()
             for (name, p), spread in zip(release.body.named_parameters(), initial_spread(release).values())}
 
 
-def rehearsal_score(lab, release, steps=50, batches=5):
+def rehearsal_score(shop, release, steps=50, batches=5):
     """The outsider's own EarlyBird: a warm-up of other random weights on the public text, then |gradient|. No
     weight of the release enters, so what it finds is what any ticket of this architecture and text has in common."""
     body = copy.deepcopy(release.body)
     initialise(body, b"the outsider's own")
-    train_on_public_text(lab, body, steps)
-    return added_gradients(lab, body, batches)
+    train_on_public_text(shop, release, body, steps)
+    return added_gradients(shop, release, body, batches)
 
 
 def gap_share(std):
@@ -113,7 +110,7 @@ def impossible(values, std):
     return torch.from_numpy(~np.any([one * std == values for one in near], axis=0))
 
 
-def lattice_score(lab, release):
+def lattice_score(shop, release):
     """Of each entry alone: 1 where it is impossible; where it could have been but is not, less than elsewhere."""
     scores = {}
     for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
@@ -125,11 +122,11 @@ def lattice_score(lab, release):
     return scores
 
 
-def pooled_lattice_score(lab, release, rounds=10, rho=0.7):
+def pooled_lattice_score(shop, release, rounds=10):
     """The same evidence by expectation-maximisation: an entry was trained with the odds of its row times its column."""
     scores = {}
     for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
-        scores[name] = torch.full(p.shape, rho)
+        scores[name] = torch.full(p.shape, release.rho)
         if not std:
             continue
         w, gaps = p.detach().cpu(), impossible(p, std)
@@ -148,11 +145,11 @@ def logit(share):
     return torch.logit(share.clamp(1e-3, 1 - 1e-3))
 
 
-def pooled_score(lab, release):
+def pooled_score(shop, release):
     """The distances again, each read in the light of its row and column. The ticket is not spread evenly: a token that
     the warm-up's last batch lacked leaves a whole row of the embedding frozen."""
     pooled = {}
-    for name, score in score_of(lab, release, DISTANCE).items():
+    for name, score in score_of(shop, release, DISTANCE).items():
         pooled[name] = score
         if score.ndim > 1:
             evidence = logit(score.mean(0, keepdim=True)) + logit(score.mean(1, keepdim=True)) - 2 * logit(score.mean())
@@ -160,12 +157,12 @@ def pooled_score(lab, release):
     return pooled
 
 
-def combined_score(lab, release, weight=0.3):
+def combined_score(shop, release, weight=0.3):
     """Ranks of the pooled distances plus `weight` times those of the outsider's own EarlyBird (0.3 was best of 0.1 to 1
-    on pmp-0, by the true mask; without it the AUC is 0.01 lower)."""
+    on another model, in earlier work)."""
     total = {}
     for name, share in (("distance, pooled by row and column", 1.0), ("own EarlyBird", weight)):
-        scores = score_of(lab, release, name)
+        scores = score_of(shop, release, name)
         flat = torch.cat([score.flatten() for score in scores.values()])
         ranks = torch.empty_like(flat).scatter_(0, flat.argsort(), torch.arange(len(flat)) / len(flat))
         for key, part in zip(scores, ranks.split([score.numel() for score in scores.values()])):
@@ -174,7 +171,6 @@ def combined_score(lab, release, weight=0.3):
 
 
 CONSTANTS, DISTANCE = "constants that never moved", "distance from theta(0)'s distribution"
-LATTICE = {"lattice, per entry": lattice_score, "lattice, with rows and columns": pooled_lattice_score}
 SCORES = {
     **{f"gradient, {n} batch{'es' * (n > 1)}": partial(gradient_score, batches=n) for n in (1, 10, 100)},
     "weight magnitude": magnitude_score,
@@ -183,64 +179,54 @@ SCORES = {
     CONSTANTS: constant_score,
     "own EarlyBird": rehearsal_score,
     "combined": combined_score,
-    **LATTICE,
-    "random": lambda lab, release: {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p.device)
+    "lattice, per entry": lattice_score,
+    "lattice, with rows and columns": pooled_lattice_score,
+    "random": lambda shop, release: {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p.device)
                                     for name, p in release.body.named_parameters()},
 }
 
 
-def score_of(lab, release, name):
+def score_of(shop, release, name):
     """A score of SCORES, computed once for each release."""
-    if (name, release.weights) not in lab.known:
-        lab.known[name, release.weights] = {key: s.cpu() for key, s in SCORES[name](lab, release).items()}
-    return lab.known[name, release.weights]
+    if (name, release.weights) not in shop.known:
+        shop.known[name, release.weights] = {key: s.cpu() for key, s in SCORES[name](shop, release).items()}
+    return shop.known[name, release.weights]
 
 
-def guess(lab, release, name):
+def guess(shop, release, name):
     """The {name: bool mask} that an outsider who knows rho makes of a score."""
-    scores = score_of(lab, release, name)
+    scores = score_of(shop, release, name)
     if name == CONSTANTS:  # it has no order
         masks = {key: score > 0 for key, score in scores.items()}
     else:
-        masks = topk_mask(scores, int(VARIANTS["pmp"]["rho"] * sum(score.numel() for score in scores.values())))
-    return {key: mask.to(lab.machine.device) for key, mask in masks.items()}
+        masks = topk_mask(scores, int(release.rho * sum(score.numel() for score in scores.values())))
+    return {key: mask.to(shop.machine.device) for key, mask in masks.items()}
 
 
-def auc(positive, negative, points=2**20):
-    """P(a random entry of `positive` is above one of `negative`), ties half; from a sample where there are many."""
-    values = []
-    for part in (positive, negative):
-        at = torch.randint(len(part), (points,), generator=torch.Generator().manual_seed(0))
-        values.append(part.cpu()[at if len(part) > points else ...])
-    positive, negative = values[0], values[1].sort().values
-    below, upto = (torch.searchsorted(negative, positive, right=right).double().mean() for right in (False, True))
-    return float((below + upto) / (2 * len(negative)))
-
-
-def recovery(lab, name, seed, variant="pmp"):
-    """{"auc", "iou"} of a score against the true mask of a model, VARIANT-SEED."""
-    release = lab.release(variant, seed)
-    scores, masks = score_of(lab, release, name), release.masks
+def recovery(shop, release, masks, attack):
+    """{"auc", "iou", …} of one attack of RECOVERIES on a release whose true mask is `masks`."""
+    if attack in REPLAYS:
+        return replay(shop, release, masks, REPLAYS[attack](release))
+    if attack == "release folder":
+        return leak(shop, release)
+    scores = score_of(shop, release, attack)
     flat = torch.cat([scores[key].flatten() for key in masks])
     true = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
-    return {"auc": auc(flat[true], flat[~true]), "iou": iou(guess(lab, release, name), masks)}
+    return {"auc": auc(flat[true], flat[~true]), "iou": iou(guess(shop, release, attack), masks)}
 
 
-def replay(lab, variant, secret):
+def replay(shop, release, masks, secret):
     """Redraw theta(0) from a secret or a guess of it, and call trained what differs from the release."""
-    release = lab.release(variant)
-    if secret is None:  # the leaked one
-        secret = bytes.fromhex(release.record["init_secret"])
     found = {name: initial_value(release.body, name, p.shape, secret).to(p.device) != p.detach()
              for name, p in release.body.named_parameters()}
     same = sum(int((~found[name]).sum()) for name in found)
-    return {"iou": iou(found, release.masks), "entries_recognised": same,
-            "frozen": sum(int((~mask).sum()) for mask in release.masks.values())}
+    return {"iou": iou(found, masks), "entries_recognised": same,
+            "frozen": sum(int((~mask).sum()) for mask in masks.values())}
 
 
-def leak(lab):
-    """Compare the release folders of a masked and a dense run: what else than the weights differs?"""
-    folders = [lab.release(variant).out / "release" for variant in ("pmp", "dense")]
+def leak(shop, release):
+    """Compare the folders of a masked and a dense release: what else than the weights differs?"""
+    folders = [release.out / "release", shop.release("dense", release.seed).out / "release"]
     names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     others = [name for name in names[0] if name != "model.safetensors"]
     differ = [name for name in others if len({(folder / name).read_bytes() for folder in folders}) > 1]
@@ -254,8 +240,33 @@ def leak(lab):
             "same_header": headers[0] == headers[1]}
 
 
+REPLAYS = {  # the secret that an attacker redraws theta(0) from
+    "replay, the secret is known": lambda release: bytes.fromhex(release.record["init_secret"]),
+    "replay, the secret is kept": lambda release: b"a guess",
+}
+RECOVERIES = (*SCORES, *REPLAYS, "release folder")
+
+
 # -----------------------------------------------------------------------------
 # adaptation
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A way to fine-tune a release."""
+
+    name: str
+    method: str = "full"  # of glue.py
+    settings: dict = field(default_factory=dict)  # of glue.Settings
+    mask: object = None  # (shop, release) -> the {name: bool mask} to train inside of
+    change: object = None  # (shop, release, body) does something to the weights first
+    optimizer: object = MaskedAdamW
+    rate: float = 1.0  # what the learning rates are multiplied by
+    longer: int = 1  # what the epochs are multiplied by
+
+    def __repr__(self):
+        """What tells two settings apart, without addresses in memory."""
+        return f"{self.name} {self.method} {sorted(self.settings.items())} {self.rate:g} {self.longer}"
 
 
 class Stepper:
@@ -319,42 +330,42 @@ def only(*parts):
 class PublicText:
     """The public text as `fit` wants it."""
 
-    def __init__(self, lab, model, updates):
-        self.lab, self.model, self.updates = lab, model, updates
+    def __init__(self, shop, release, model, updates):
+        self.shop, self.release, self.model, self.updates = shop, release, model, updates
 
     def batches(self, epoch):
         return range(self.updates)
 
     def loss(self, index):
-        idx = self.lab.public(index)
+        idx = self.shop.public(self.release, index)
         return self.model(idx, idx)
 
     def evaluate(self):
         """Nobody asks."""
 
 
-def train_on_public_text(lab, body, updates, masks=None):
+def train_on_public_text(shop, release, body, updates, masks=None):
     optimizer = MaskedAdamW(dict(body.named_parameters()), masks, 0.0)
     rate = 5 * default_rate("full", body.embedding().weight.size(1))
-    fit(PublicText(lab, body, updates), optimizer, rate, Settings(epochs=1), lab.machine)
+    fit(PublicText(shop, release, body, updates), optimizer, rate, Settings(epochs=1), shop.machine)
 
 
-def continue_pretraining(lab, release, body, updates, masks=None):
+def continue_pretraining(shop, release, body, updates, masks=None):
     """Train on the public text again, before fine-tuning; inside a suspected ticket where masks says so. Done once for
     each release: every fine-tuning of a search begins from the same weights."""
     key = "continued", updates, masks, release.weights
-    if key not in lab.known:
-        train_on_public_text(lab, body, updates, masks and masks(lab, release))
-        lab.known[key] = {name: p.detach().cpu() for name, p in copy.deepcopy(body).named_parameters()}
+    if key not in shop.known:
+        train_on_public_text(shop, release, body, updates, masks and masks(shop, release))
+        shop.known[key] = {name: p.detach().cpu() for name, p in copy.deepcopy(body).named_parameters()}
     with torch.no_grad():
         for name, p in body.named_parameters():
-            p.copy_(lab.known[key][name])
+            p.copy_(shop.known[key][name])
 
 
 @torch.no_grad()
-def reset(lab, release, body, how):
+def reset(shop, release, body, how):
     """Replace the suspected complement: "zero", "redraw" from theta(0)'s distribution, or "halve"."""
-    masks = guess(lab, release, BEST)
+    masks = guess(shop, release, BEST)
     for name, p in body.named_parameters():
         if p.ndim > 1:
             new = {"zero": torch.zeros_like(p), "halve": p / 2,
@@ -363,18 +374,35 @@ def reset(lab, release, body, how):
 
 
 @torch.no_grad()
-def shrink_and_perturb(lab, release, body, keep=0.7):
+def shrink_and_perturb(shop, release, body, keep=0.7):
     """Ash and Adams, 2020: theta <- keep * theta + (1 - keep) * a new random initialisation."""
     for name, p in body.named_parameters():
         p.mul_(keep).add_(initial_value(body, name, p.shape, b"outsider").to(p.device), alpha=1 - keep)
 
 
+@torch.no_grad()
+def rescale(shop, release, body, factor=30.0):
+    """The positive control of "held back": the same function from weights that default tuning does badly on.
+
+    The gain (and the bias) of each block's norms grows by `factor`, the matrices that read their output shrink by it.
+    """
+    norms = ("input_layernorm.weight", "post_attention_layernorm.weight", "ln_1.weight", "ln_1.bias", "ln_2.weight",
+             "ln_2.bias")
+    readers = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
+               "c_attn.weight", "c_fc.weight")
+    for name, p in body.named_parameters():
+        if name.endswith(norms):
+            p.mul_(factor)
+        if name.endswith(readers):
+            p.div_(factor)
+
+
 def guessed(name):
-    return lambda lab, release: guess(lab, release, name)
+    return lambda shop, release: guess(shop, release, name)
 
 
 def blind(rho):
-    def mask(lab, release):
+    def mask(shop, release):
         params = dict(release.body.named_parameters())
         return random_mask(params, int(rho * sum(p.numel() for p in params.values())), b"outsider")
     return mask
@@ -383,7 +411,8 @@ def blind(rho):
 BEST = "combined"  # the best recovered mask
 # these need no guess at the mask, so that they can be tried on the dense model too
 PLAIN = [
-    FULL, LORA, Adversary("full, rates over two decades", rates=(0.6, 2.0, 6.0, 20.0, 60.0)),
+    Adversary("base", "base"), Adversary("scratch", "scratch"), Adversary("full"), Adversary("lora", "lora"),
+    Adversary("rescaled", change=rescale),
     Adversary("full, three times the epochs", longer=3),
     *(Adversary(f"LoRA, rank {r}", "lora", {"lora_rank": r, "lora_alpha": 2.0 * r}) for r in (4, 16, 32, 64)),
     Adversary("SGD with momentum", optimizer=other(partial(torch.optim.SGD, momentum=0.9)), rate=300.0),
@@ -412,74 +441,5 @@ SUSPICIOUS = [
     Adversary("continued pre-training of the suspected ticket", mask=guessed(BEST),
               change=partial(continue_pretraining, updates=50, masks=guessed(BEST))),
 ]
-
-
-def recoveries(lab):
-    """The table of guesses at the mask, and what replaying a seed and reading the release folder give."""
-    rows = []
-    for name in SCORES:
-        found = lab.each("recovery", {"attack": name}, partial(recovery, lab, name))
-        rows.append([name, mean_sd([result["auc"] for result in found]), mean_sd([result["iou"] for result in found])])
-    for name in LATTICE:  # the positive control: it must find what was there
-        found = lab.once("control", {"attack": name, "model": "old", "pretrain_seed": 0},
-                         partial(recovery, lab, name, 0, "old"))
-        if found:
-            rows.append([f"{name}: on the old theta(0)", f"{found['auc']:.2f}", f"{found['iou']:.2f}"])
-    for name, variant, secret in (
-            ("replay, the seed is known", "seeded", b"init-seed 42"),
-            ("replay, another seed", "seeded", b"init-seed 43"),
-            ("replay, the secret is known", "pmp", None), ("replay, the secret is kept", "pmp", b"init-seed 42")):
-        found = lab.once("recovery", {"attack": name, "pretrain_seed": 0}, partial(replay, lab, variant, secret))
-        if found:
-            share = 100 * found["entries_recognised"] / found["frozen"]
-            rows.append([f"{name}: recognises {share:.0f} % of the frozen", "", mean_sd([found["iou"]])])
-    folder = lab.once("recovery", {"attack": "release folder", "pretrain_seed": 0}, partial(leak, lab))
-    rows.sort(key=lambda row: row[2], reverse=True)
-    note = folder and (f"Release folder with and without PMP: {'the same' if folder['same_files'] else 'OTHER'} files; "
-                       f"besides the weights {len(folder['differing'])} of them differ; the header of the weights is "
-                       f"{'the same' if folder['same_header'] else 'NOT the same'}.")
-    rho = VARIANTS["pmp"]["rho"]
-    levels = f"IoU (chance {rho / (2 - rho):.2f}; \"all is ticket\" {rho:.2f})"
-    return f"{markdown(['guess at the mask', 'AUC (chance 0.50)', levels], rows)}\n\n{note}"
-
-
-def regained(lab, task, variant, adversary, count):
-    """How much of the dense model's gain over a random initialisation on a task, in %: the mean over `count` pairs of
-    seeds, nan where another process is at work on them."""
-    own, dense, scratch = (np.mean(lab.scores(model, task, arm, count) or [np.nan]) for model, arm in (
-        (variant, adversary), ("dense", FULL), ("dense", SCRATCH)))
-    return 100 * (own - scratch) / (dense - scratch)
-
-
-def adaptations(lab):
-    """The table of adversaries: all with one seed on the first task that needs pre-training, then the ten strongest,
-    and the references, with three and on each such task. Being the strongest of many flatters the first of these
-    measurements, the second, which has the same seed among its three, by a third of that, and the other tasks not."""
-    outsiders, (task, *_) = PLAIN + SUSPICIOUS, lab.scale.needy
-    once = {adversary.name: regained(lab, task, "pmp", adversary, 1) for adversary in outsiders}
-    strongest = sorted(once, key=lambda name: -np.nan_to_num(once[name], nan=-np.inf))[:10]
-    references = [("dense", FULL, "dense model, full (= 100)"), ("dense", SCRATCH, "random weights (= 0)"),
-                  ("pmp", MASKED_FULL, "authorised, full"), ("pmp", BASE, "released, untouched")]
-    control = {adversary.name: f"{regained(lab, task, 'dense', adversary, 1):.0f}" for adversary in PLAIN
-               if adversary.name in strongest or adversary in (FULL, LORA)}
-    rows = []
-    for variant, adversary, label in references + [("pmp", adversary, adversary.name) for adversary in outsiders]:
-        share, again = regained(lab, task, variant, adversary, 1), []
-        thorough = adversary.name in strongest or adversary not in outsiders or adversary in (FULL, LORA)
-        for needy in lab.scale.needy:
-            again += [f"{regained(lab, needy, variant, adversary, SEEDS):.0f}",
-                      mean_sd(lab.scores(variant, needy, adversary))] if thorough else ["", ""]
-        rows.append((share, [label, f"{share:.0f}", control.get(label, ""), *again]))
-    rows.sort(key=lambda row: -np.nan_to_num(row[0], nan=-np.inf))
-    header = ["adversary", f"{task}: % regained, one seed", "the same on the dense model"]
-    for needy in lab.scale.needy:
-        header += [f"{needy}: % regained, three seeds", f"{needy}: accuracy"]
-    return markdown(header, [row for _, row in rows])
-
-
-def script(lab):
-    return recoveries(lab) + "\n\n" + adaptations(lab)
-
-
-if __name__ == "__main__":
-    run(script, __doc__)
+ADVERSARIES = {adversary.name: adversary for adversary in PLAIN + SUSPICIOUS}
+NEEDS_GUESS = {adversary.name for adversary in SUSPICIOUS}

@@ -27,7 +27,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import glue  # noqa: E402
-from common import hardware  # noqa: E402
+from store import hardware  # noqa: E402
 from data.pack import prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402

@@ -2,8 +2,9 @@
 
     python experiments/plot.py OUT [OUT2 ...]
 
-The picture goes beside the log of the first run, as OUT/run.png. Where a run's mask is at hand, its density by layer
-and kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays in OUT/private.
+The picture goes beside the log of the first run, as OUT/run.png, or OUT/runs.png of several. Where a run's mask is at
+hand, its density by layer and kind of matrix is drawn, too. That picture tells an attacker where to look, so it stays
+in OUT/private.
 """
 
 import json
@@ -15,11 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import numpy as np  # noqa: E402
-from common import COLOURS, subplots  # noqa: E402
+from pictures import COLOURS, save, subplots  # noqa: E402
 from model import FAMILIES, KINDS, parts_by_kind  # noqa: E402
 from pmp import load_mask  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
-from runtime.files import atomic, open_regular  # noqa: E402
+from runtime.files import open_regular  # noqa: E402
 from runtime.huggingface import load_folder  # noqa: E402
 
 STYLES = ("-", "--", ":", "-.")  # one for each run
@@ -57,7 +58,8 @@ def draw_runs(outs, path):
         if "iou" in log["I"]:
             left.plot(*log["I"]["iou"], style, color=COLOURS["ticket"], label="consecutive masks" + label)
             chance = log["I"]["iou_chance"][1][0]
-            left.axhline(chance, color=COLOURS["chance"], linestyle=":", label=f"two random masks ({chance:.2f})")
+            left.axhline(chance, color=COLOURS["chance"], linestyle=":",
+                         label=f"two random masks ({chance:.2f})" if out == outs[0] else None)
         if "loss" in log["II"]:
             steps, loss = log["II"]["loss"]
             right.plot(steps, smooth(loss, 25), style, color=COLOURS["train"], linewidth=1,
@@ -104,21 +106,13 @@ def draw_density(out):
     return path
 
 
-def save(figure, path, mode=0o644):
-    """Write a matplotlib figure, atomically."""
-    figure.tight_layout()
-    with atomic(path, mode) as file:
-        figure.savefig(file, dpi=130, format="png")
-    print(f"drawn: {path}")
-
-
 def main(argv=None):
     parser = Parser("Draw one or several runs: overlap of the masks, losses, and the ticket's density.")
     parser.add_argument("out", nargs="+", metavar="OUT", help="folders of runs")
     outs = parser.parse_args(argv).out
     for out in outs:
         require(os.path.isdir(out), f"there is no folder {out}: name the --out of a run")
-    draw_runs(outs, Path(outs[0]) / "run.png")
+    draw_runs(outs, Path(outs[0]) / ("run.png" if len(outs) == 1 else "runs.png"))
     for out in outs:
         draw_density(out)
 

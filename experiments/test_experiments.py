@@ -1,12 +1,14 @@
 """What the experiments promise. The helpers and the small runs are those of test_pmp.py."""
 
 import copy
-import dataclasses
 import json
 import math
 import shutil
 import sys
+import zlib
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -15,252 +17,339 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # pytest finds the fixtures of test_pmp.py under the names that are imported here
-from test_pmp import (CPU, SETTINGS, bad, cache, corpus, differs, finished, flags, secret_of, small_model,  # noqa: E402
-                      standin, tokens)
+from test_pmp import CPU, bad, cache, corpus, differs, finished, flags, secret_of, small_model, tokens  # noqa: E402
 import attacks  # noqa: E402
-import common  # noqa: E402
-import figure2  # noqa: E402
-import figure3  # noqa: E402
-import figure4  # noqa: E402
-import figure5  # noqa: E402
-import figure6  # noqa: E402
+import measures  # noqa: E402
+import pictures  # noqa: E402
+import plan  # noqa: E402
 import plot  # noqa: E402
 import pmp  # noqa: E402
-import proposition1  # noqa: E402
-import table1  # noqa: E402
+import recipe  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
-from glue import merge_lora  # noqa: E402
-from runtime.files import UserError  # noqa: E402
+from store import Results  # noqa: E402
+from runtime.files import UserError, lock  # noqa: E402
 
-__all__ = ["cache", "corpus", "finished", "flags", "standin"]
+__all__ = ["cache", "corpus", "finished", "flags"]
+
+# -----------------------------------------------------------------------------
+# the plan
+
+
+class Made:
+    """Stands for Results: what `make` says of every job that is asked for."""
+
+    def __init__(self, make, scale="laptop", known=()):
+        self.make, self.scale, self.found, self.known, self.memo = make, plan.SCALES[scale], {}, known, {}
+        self.name = scale
+
+    def get(self, job):
+        if job and (not self.known or job.kind in self.known):
+            self.found.setdefault((job.kind, job.key), {"key": json.loads(job.key), "seconds": 1.0} | self.make(job))
+            return self.found[job.kind, job.key]
+
+
+def no_effect(job):
+    """A result in which PMP is like dense: only random weights are worse; seeds differ."""
+    noise = float(np.random.default_rng(zlib.crc32(job.key.encode())).standard_normal())
+    if job.kind == "model":
+        name, seed = job.what["model"], job.what["seed"]
+        late = 0.1 * (1 - float(name.split("x")[1])) if " x" in name else 0.0
+        return {"text_loss": 5 + 0.01 * seed + 0.001 * noise + late, "ticket": None, "iou": []}
+    if job.kind == "tune":
+        base = 50 if "scratch" in job.what["arm"] else 80
+        accuracy = base - abs(math.log2(job.what["rate"] or 1) - 1) + 0.3 * noise
+        return {"accuracy": accuracy, "loss": 1.0, "curve": {"1": base, "2": accuracy}, "text_loss": 6 + 0.01 * noise,
+                "updates": 4, "majority": 50.0}
+    if job.kind == "landscape":
+        places = dict.fromkeys(measures.PLACES, [1 + 0.01 * noise] * 2)
+        return {"curves": {place: [[5.0] * 9] for place in places}, "alphas": measures.ALPHAS,
+                "curvature": dict.fromkeys(measures.SCALINGS, places)}
+    if job.kind == "gradients":
+        return {"auc": {"all entries": 0.5 + 0.01 * noise, "within tensors": 0.5},
+                "zero": {"ticket": 0, "complement": 0}, "histogram": {"ticket": [1] * 60, "complement": [1] * 60}}
+    if job.kind == "one_step":
+        arms = ("outsider", "authorised", "complement", "authorised, same length", "complement, same length")
+        return {"change": {arm: [[1e-3 * (1 + 0.1 * abs(noise))] * 3] for arm in arms}, "sizes": measures.SIZES}
+    if job.what["attack"] == "release folder":
+        return {"same_files": True, "differing": [], "same_header": True}
+    return {"auc": 0.5, "iou": 0.54 + 0.01 * noise}
+
+
+def test_the_plan_is_whole_and_what_chooses_judges_nothing():
+    scale = plan.SCALES["laptop"]
+    nothing = Made(no_effect, known=("none",))
+    found, waiting = plan.jobs(scale, nothing)
+    assert waiting > 500 and all(job.what["seed"] in plan.CHOOSING for job in found[:6])
+    found, waiting = plan.jobs(scale, Made(no_effect))
+    assert waiting == 0 and len({(job.kind, job.key) for job in found}) == len(found) > 1500
+    models = {(job.what["model"], job.what["seed"]) for job in found if job.kind == "model"}
+    for job in found:
+        assert set(job.needs) <= models
+        if job.kind == "tune":
+            assert (job.what["on"] == "choose") == (job.what["seed"] in plan.CHOOSING)
+    seeds = {name: sum(model == name for model, seed in models if seed < 100) for name, _ in models}
+    assert [seeds[name] for name in ("dense", "pmp", "random", "untied-matched")] == [8] * 4
+    assert seeds["rho0.5"] == seeds["gpt2-pmp"] == 4 and seeds["literal-pmp"] == 10 and seeds["shrunk"] == 3
+
+
+def test_a_key_has_the_settings_that_made_the_result(monkeypatch):
+    scale, results = plan.SCALES["laptop"], Made(no_effect)
+    keys = [plan.tune_job(scale, "pmp", 0, "docs", 1.0, 2, "judge", results).key]
+    monkeypatch.setitem(plan.TASKS, "docs", plan.Task(100, 128, batch=4, length=128))
+    keys.append(plan.tune_job(scale, "pmp", 0, "docs", 1.0, 2, "judge", results).key)
+    monkeypatch.setitem(plan.MODELS, "pmp", plan.Model({"rho": 0.6}))
+    keys.append(plan.tune_job(scale, "pmp", 0, "docs", 1.0, 2, "judge", results).key)
+    assert len(set(keys)) == 3
+
+
+def test_a_search_goes_on_at_its_end_and_takes_the_best():
+    def peak(job):
+        return {"accuracy": -abs(math.log2(job.what["rate"]) - 5) - abs(job.what["epochs"] - 4)}
+    scale, results = plan.SCALES["laptop"], Made(lambda job: peak(job) if job.kind == "tune" else no_effect(job))
+    assert plan.choice(scale, "pmp", "docs", results) == (32.0, 4)  # beyond the 16 that it starts with
+    rates = {rate for rate, _ in plan.candidates(scale, "pmp", "docs", results)}
+    assert rates == {1, 2, 4, 8, 16, 32, 64}
+    assert plan.choice(scale, "rho0.9", "docs", results) == (32.0, 4) and plan.choice(
+        scale, "dense base", "docs", results) == (0.0, 0)
+
+
+def test_the_matched_model_stops_where_dense_has_the_loss_of_pmp():
+    losses = {"untied-dense": 5.0, "untied-dense x0.9": 5.1, "untied-dense x0.75": 5.2, "untied-pmp": 5.05}
+    results = Made(lambda job: {"text_loss": losses[job.what["model"]]})
+    assert plan.matched_share(plan.SCALES["laptop"], results) == 1140 / 1200
+    assert plan.model_flags(plan.SCALES["laptop"], "untied-matched", 3, results)["steps"] == 1140
+    assert plan.model_flags(plan.SCALES["laptop"], "untied-matched", 3, Made(no_effect, known=("tune",))) is None
+
+
+# -----------------------------------------------------------------------------
+# the workshop
 
 
 @pytest.fixture(scope="session")
 def models(finished, flags, tmp_path_factory):
-    """A work folder with three pre-trainings of each kind, which are the same one."""
-    work = tmp_path_factory.mktemp("work")
+    """A work folder with a PMP and a dense model of two seeds, which are the same ones."""
+    work = tmp_path_factory.mktemp("work") / "quick"
+    work.mkdir()
     pmp.main([*flags, "--rho", "1.0", "--out", str(work / "dense-0")])
     shutil.copytree(finished, work / "pmp-0")
-    for seed in (1, 2):
-        (work / f"dense-{seed}").symlink_to(work / "dense-0")
-        (work / f"pmp-{seed}").symlink_to(work / "pmp-0")
+    for name in ("dense", "pmp"):
+        for seed in (1, *plan.CHOOSING):
+            (work / f"{name}-{seed}").symlink_to(work / f"{name}-0")
     return work
 
 
 @pytest.fixture
-def nano(models, standin, tmp_path, monkeypatch):
-    """The flags of a script at a scale of seconds, and its results folder."""
-    scale = common.Scale({}, ("rte",), ("rte",), rows={"rte": 16}, select=16, rates=(1.0, 3.0), epochs=(1, 2),
-                         batch_size=8, max_length=32, text_blocks=4)
-    monkeypatch.setitem(common.SCALES, "quick", scale)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "quick").symlink_to(models)
-    return ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--glue-dir", str(standin),
-            "--device", "cpu"]
-
-
-def lab_of(nano):
-    found = []
-    common.run(lambda lab: found.append(lab) or "", "a test", nano)
-    (lab,) = found
-    lab.public = lambda index: lab.text[0].read(2 * index, 2, 32)  # less text than an attacker would take
-    return lab
-
-
-def test_a_script_runs_what_its_results_lack_and_nothing_twice(nano, capsys):
-    common.run(table1.script, "a test", nano)
-    lab = lab_of(nano)
-    lines = lab.path("finetune.jsonl").read_text().splitlines()
-    results = [json.loads(line) for line in lines]
-    assert all(result["hardware"] and result["weights"] and "lr" in result for result in results)
-    arms = {(r["key"]["model"], r["key"]["adversary"]) for r in results if r["key"]["on"] == "dev"}
-    assert arms == {(variant, stage.name) for stage, variant, _ in table1.STAGES}
-    first = capsys.readouterr().out.split("| stage")[-1]
-    lab.path("finetune.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # a kill tears the last line
-    common.run(table1.script, "a test", nano)
-    assert capsys.readouterr().out.split("| stage")[-1].splitlines()[:2] == first.splitlines()[:2]
-    again = lab.path("finetune.jsonl").read_text().splitlines()
-    assert again[:-1] == lines[:-1] and json.loads(again[-1])["key"] == json.loads(lines[-1])["key"]
-
-
-def test_a_run_is_drawn_and_its_density_stays_private(finished, monkeypatch, tmp_path, capsys):
-    names = []
-    monkeypatch.setattr(plot, "subplots", lambda *shape, **options: (
-        NoPicture(), [NoPicture()] * 2 if shape else NoPicture()))
-    monkeypatch.setattr(plot, "save", lambda figure, path, mode=0o644: names.append((path, mode)))
-    plot.main([str(finished), str(finished)])
-    private = finished / "private" / "density.png"
-    assert names == [(finished / "run.png", 0o644), (private, 0o600), (private, 0o600)]
-    log = plot.read_log(finished)
-    assert log["I"]["iou"].shape == (2, 2) and log["II"]["val_loss"][0].tolist() == [3, 6]
-    (tmp_path / "log.jsonl").write_text((finished / "log.jsonl").read_text() + '{"stage": "II", "st')
-    assert plot.read_log(tmp_path)["II"]["loss"].shape == (2, 6)
-    bad(tmp_path / "nowhere", expect="there is no folder", capsys=capsys, main=plot.main)
-    (tmp_path / "log.jsonl").write_text("")
-    bad(tmp_path, expect="has no step yet", capsys=capsys, main=plot.main)
-
-
-class NoPicture:
-    """Stands for matplotlib, which the tests do without: takes every call, as one axis or as many."""
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-    def __iter__(self):
-        return iter([self] * 3)
-
-    def __getitem__(self, index):
-        return self
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The names of the pictures that were drawn."""
-    names = []
-    for script in (figure2, figure3, figure4, figure5, figure6, proposition1):
-        monkeypatch.setattr(script, "subplots", lambda *size, **options: (NoPicture(), NoPicture()))
-        monkeypatch.setattr(script, "picture", lambda lab, name, figure: names.append(name))
-    return names
-
-
-def test_figures_2_to_4_have_each_arm_at_its_place(nano, drawn, monkeypatch):
-    lab = lab_of(nano)
-    monkeypatch.setattr(lab, "losses", lambda variant: [math.log(2.0 + list(common.VARIANTS).index(variant))] * 3)
-    monkeypatch.setattr(lab, "scores", lambda variant, task, adversary, *_: [
-        float(list(common.VARIANTS).index(variant)) + 10 * (adversary.name == "full") + i for i in range(3)])
-    monkeypatch.setattr(lab, "tune", lambda variant, pair, task, adversary, rate, epochs: {
-        "scores": {"RTE": {"last": {"accuracy": rate + 10 * epochs + 100 * (variant == "pmp")}}}})
-    two = figure2.script(lab)
-    assert "| EarlyBird | 1.10 ±0.00 | 3.0 | 2.00 ±1.00 | 12.00 ±1.00 |" in two
-    assert "| random mask | 1.39 ±0.00 | 4.0 | 3.00 ±1.00 | 13.00 ±1.00 |" in two
-    assert "| outsider, full | 12.00 ±1.00 |" in figure3.script(lab)
-    ratios, rates, epochs = figure4.script(lab).split("\n\n")
-    assert ratios.splitlines()[3] == ("| fine-tuned | 11.00 ±1.00 | 16.00 ±1.00 | 17.00 ±1.00 | 12.00 ±1.00 | "
-                                      "18.00 ±1.00 | 19.00 ±1.00 |")
-    assert "| PMP | 111.0 ±0.00 | 113.0 ±0.00 |" in rates and "| without PMP | 13.00 ±0.00 | 23.00 ±0.00 |" in epochs
-    assert drawn == ["figure2", "figure3", "figure4"]
-
-
-def test_figures_5_and_6_and_the_proposition_look_where_they_say(nano, drawn, monkeypatch):
-    monkeypatch.setattr(common, "SEEDS", 1)
-    monkeypatch.setattr(figure5, "DIRECTIONS", 2)
-    monkeypatch.setattr(proposition1, "BATCHES", 2)
-    monkeypatch.setattr(proposition1, "SIZES", [1e-6, 1e-3])  # 1e-5 is not always a small step
-    lab = lab_of(nano)
-    text = lab.held_out()[:2]
-    monkeypatch.setattr(lab, "held_out", lambda: text)
-    lab.tasks["docs"] = {"train": text.repeat(16, 1).cpu()}
-    for script, name in ((figure5, "landscape"), (figure6, "gradients"), (proposition1, "one_step")):
-        assert "| pmp |" in script.script(lab)
-        assert len(lab.read(name)) == 2  # a PMP model and a dense one
-    assert drawn == ["figure5", "figure6", "proposition1"]
-    for result in lab.read("landscape").values():
-        curves = np.array([result["curves"][place] for place in figure5.PLACES])  # (places, directions, alphas)
-        middle = result["alphas"].index(0.0)
-        assert np.ptp(curves[:, :, middle]) == 0  # every line goes through the release itself
-        assert (curves != curves[:, :, [middle]]).sum() == curves[:, :, 1:].size
-    for result in lab.read("one_step").values():
-        whole, ticket, rest = (np.array(result["change"][arm]) for arm in ("outsider", "authorised", "complement"))
-        assert whole[:, 0] == pytest.approx(ticket[:, 0] + rest[:, 0], rel=0.2)  # a small step is nearly linear
-
-
-def test_the_search_takes_the_best_rate_and_sees_no_row_that_it_is_scored_on(nano, monkeypatch):
-    lab, seen = lab_of(nano), []
-
-    def tune(variant, pair, task, adversary, rate, epochs, on="dev"):
-        seen.append((pair, rate, epochs, on))
-        return {"scores": {"RTE": {"last": {"accuracy": 50 + 10 * (rate == best) - epochs}}}}
-    monkeypatch.setattr(lab, "tune", tune)
-    for best, further in ((3.0, [9.0]), (1.0, [1 / 3])):  # it lies at an end, so that a rate beyond is tried too
-        seen.clear()
-        assert lab.search("pmp", "rte", common.FULL) == (best, 1)
-        assert seen == [((0, 0), rate, 1, "select") for rate in [1.0, 3.0, *further]] + [((0, 0), best, 2, "select")]
-    data = lab.task("rte", lab.release("pmp").tokenizer)
-    assert len(data["select"]) == 16 and len(data["train"]) == 48 and len(data["dev"]) == 40
-
-
-def test_what_another_process_is_at_work_on_is_left_to_it(nano):
-    lab = lab_of(nano)
-    ran = lab.once("some", {"a": 1}, lambda: {"inner": lab.once("some", {"a": 1}, lambda: {"b": 2})})
-    assert ran["inner"] is None  # the outer call holds the claim
-    assert lab.once("some", {"a": 1}, lambda: pytest.fail("it is done already"))["key"] == {"a": 1}
-
-
-def test_results_refuse_other_models_and_models_of_other_text(nano):
-    lab, path = lab_of(nano), lab_of(nano).path("models.jsonl")
-    lab.release("pmp")
-    mine = json.loads(path.read_text())
-    path.write_text(json.dumps({**mine, "weights": "of another"}) + "\n")
-    with pytest.raises(UserError, match="not the model of the results"):
-        lab.recognise(lab.release("pmp"))
-    path.write_text(json.dumps({**mine, "key": {"model": "dense", "pretrain_seed": 0}, "data": "other.txt"}) + "\n")
-    with pytest.raises(UserError, match="on other.txt: name other --results"):
-        lab.recognise(lab.release("pmp"))
-
-
-def test_other_text_is_learned_inside_the_ticket_alone_by_whoever_has_it():
-    model = small_model("llama")
-    masks = pmp.random_mask(dict(model.named_parameters()), 9000, b"m")
+def shop(models, corpus, tmp_path, monkeypatch):
+    """A Workshop at a scale of seconds: two kinds of models, three arms, small texts."""
+    scale = plan.Scale({"preset": "mini", "data": str(corpus)}, {"main": 2}, rows=0.2, epochs=(1,), further=0,
+                       strongest=(1, 0), text_blocks=2, outsiders=())
+    monkeypatch.setitem(plan.SCALES, "quick", scale)
+    monkeypatch.setattr(plan, "MODELS", {name: plan.MODELS[name] for name in ("dense", "pmp")})
+    monkeypatch.setattr(plan, "CHOOSERS", ("dense", "pmp"))
+    monkeypatch.setattr(plan, "matched_share", lambda *_: 1.0)
+    monkeypatch.setattr(plan, "SEARCHED", {name: plan.SEARCHED[name] for name in ("scratch", "dense", "pmp")})
+    monkeypatch.setattr(plan, "VARIED", {})
+    monkeypatch.setattr(plan, "RECOVERIES", ("weight magnitude",))
+    monkeypatch.setattr(plan, "START", {"scratch": (1.0,), "full": (1.0, 2.0)})
+    monkeypatch.setattr(measures, "DIRECTIONS", 2)
+    made = run.Workshop(scale, Results("quick", tmp_path / "results").refresh(), models, device="cpu")
+    made.public = lambda release, index: made.text(release, 0).read(2 * index, 2, 32)  # less than an attacker's
+    rows = [([1 + i % 7, 2, 3], i % 2) for i in range(20)]
     blocks = (torch.arange(40 * 16).view(40, 16) + torch.arange(40)[:, None]) % 7
-    data = {"train": blocks[:30], "dev": blocks[30:]}
-    settings = dataclasses.replace(SETTINGS, lr=1e-2, epochs=6)
-    for method, own in (("full", None), ("full", masks), ("lora", masks)):
-        body = copy.deepcopy(model)
-        result, _ = common.adapt(body, data, method, 0, settings, CPU, own)
-        if method == "lora":
-            merge_lora(body)
-        outside = sum(int((differs(body, model)[name] & ~masks[name]).sum()) for name in masks)
-        assert (outside == 0) == bool(own) and result["updates"] == 6 * 15
-        if method == "full":
-            assert result["scores"]["docs"]["last"]["accuracy"] > 80
+    for on in ("choose", "judge"):
+        made.tasks["docs", on] = {"train": blocks[:30], "dev": blocks[30:]}
+        made.tasks["word order", on] = {"train": rows, "dev": rows}
+    return made
+
+
+def test_work_does_what_is_missing_and_nothing_twice(shop, monkeypatch):
+    monkeypatch.setattr(run, "jobs", few_jobs)
+    said = []
+    run.work(shop, said.append)
+    files = {path.name: path.read_bytes() for path in shop.results.folder.glob("*.jsonl")}
+    assert set(files) == {"model.jsonl", "tune.jsonl", "recovery.jsonl"} and len(said) == 5 + 2 * 2 + 2 + 1
+    tuned = [json.loads(line) for line in files["tune.jsonl"].splitlines()]
+    assert all(0 <= result["accuracy"] <= 100 and result["hardware"] for result in tuned)
+    judged = [result for result in tuned if result["key"]["on"] == "judge"]
+    assert all(result["curve"] and result["text_loss"] > 0 for result in judged) and len(judged) == 2
+    run.work(shop, lambda text: pytest.fail(f"again: {text}"))
+    path = shop.results.folder / "tune.jsonl"
+    path.write_bytes(files["tune.jsonl"][:-40])  # a kill tears the last line
+    shop.results = Results("quick", shop.results.folder.parent)
+    said.clear()
+    run.work(shop, said.append)
+    assert len(said) == 1 and len(path.read_bytes().splitlines()) == len(tuned)
+
+
+def few_jobs(scale, results):
+    """Five models, a search of two rates on two choosing seeds, two runs for the record, one attack."""
+    found = [plan.model_job(scale, "dense", 0, results)]
+    found += [plan.model_job(scale, "pmp", seed, results) for seed in (0, 1, *plan.CHOOSING)]
+    found += [job for jobs in plan.candidates(scale, "pmp", "docs", results).values() for job in jobs]
+    known = plan.judged(scale, "pmp", "docs", results)
+    found += [job for job in known if job]
+    found.append(plan.measure_job(scale, "recovery", "pmp", 0, results, attack="weight magnitude"))
+    return found, known.count(None)
+
+
+def test_what_another_process_is_at_is_left_to_it(shop, monkeypatch):
+    monkeypatch.setattr(run, "jobs", few_jobs)
+    first = few_jobs(shop.scale, shop.results)[0][0]
+    claims = shop.work / "claims"
+    claims.mkdir(exist_ok=True)
+    said = []
+
+    def sleep(seconds):
+        raise InterruptedError  # nothing but the claimed job is left
+    monkeypatch.setattr(run.time, "sleep", sleep)
+    with lock(run.claim_path(shop, first)) as mine, pytest.raises(InterruptedError):
+        assert mine
+        run.work(shop, said.append)
+    assert len(said) == 4 + 2 * 2 + 2 + 1 and not any("model: dense, 0" in text for text in said)
+
+
+def test_results_refuse_other_models_and_models_of_other_text(shop):
+    job = plan.model_job(shop.scale, "pmp", 0, shop.results)
+    shop.results.append(job, {"weights": "of another", "data": shop.data})
+    with pytest.raises(UserError, match="not the model of the results"):
+        shop.release("pmp", 0)
+    with pytest.raises(UserError, match="were trained on"):
+        run.Workshop(shop.scale, shop.results, shop.work, data="other.txt", device="cpu")
+
+
+def tuned(shop, arm, task="docs", rate=10.0, epochs=6):
+    return run.tune(shop, plan.tune_job(shop.scale, arm, 0, task, rate, epochs, "judge", shop.results))
+
+
+def test_a_task_is_learned_inside_the_ticket_alone_by_whoever_has_it(shop, monkeypatch):
+    bodies, fit = [], run.fit
+
+    def kept(lesson, *args):
+        bodies.append(getattr(lesson.model, "body", lesson.model))
+        return fit(lesson, *args)
+    monkeypatch.setattr(run, "fit", kept)
+    release = shop.release("pmp", 0)
+    for arm, task in (("pmp", "docs"), ("pmp + mask", "docs"), ("pmp", "word order"), ("pmp + mask", "word order")):
+        result = tuned(shop, arm, task)
+        moved = differs(bodies[-1], release.body)
+        outside = sum(int((moved[name] & ~release.masks[name]).sum()) for name in release.masks)
+        assert (outside == 0) == ("mask" in arm) and any(m.any() for m in moved.values())
+        assert set(result["curve"]) >= {1, 2, 4}
+    assert tuned(shop, "pmp", rate=66.0)["accuracy"] > 60 > tuned(shop, "pmp base", epochs=0)["accuracy"]
+
+
+def test_choosing_and_judging_have_no_text_in_common(cache, finished, monkeypatch):
+    tokenizer = run.Tokenizer.load(finished / "release")
+    parts = [run.docs(tokenizer, on, 10, 8, 32) for on in ("choose", "judge")]
+    rows = [{tuple(row) for part in found.values() for row in part.tolist()} for found in parts]
+    assert len(parts[0]["dev"]) == len(parts[1]["dev"]) == 8 and len(rows[0] & rows[1]) < 3  # boilerplate repeats
+    source = SimpleNamespace(id={}, documents=lambda split, start=0: iter(enumerate("abcdefg")))
+    halves = [[text for _, text in run.Half(source, which).documents("validation")] for which in (0, 1)]
+    assert halves == [list("aceg"), list("bdf")]
+
+
+def test_recipes_change_what_they_say(flags, tmp_path):
+    model = small_model("llama")
+    params = dict(model.named_parameters())
+    masks = pmp.random_mask(params, 9000, b"m")
+    shrinking = recipe.Shrinking(params, masks, 0.0, steps=50)
+    before = shrinking.norm()
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    shrinking.step(1e-3, 1.0)
+    assert shrinking.norm() == pytest.approx(0.0055 * before, rel=1e-4)
+    constant = recipe.ConstantStage1(params, None, 0.1, lr=1e-2)
+    assert constant.weight_decay == 0
+    start = copy.deepcopy(model)
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    constant.step(1e-9, 1.0)
+    far = [(p - q).detach().abs().max().item() for p, q in zip(model.parameters(), start.parameters())]
+    assert far == pytest.approx([1e-2] * len(far), rel=1e-2)
+    with recipe.changed("betas", {}):
+        assert pmp.MaskedAdamW({"w": params[next(iter(params))]}, None, 0.0).optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+# -----------------------------------------------------------------------------
+# measurements and attacks
 
 
 def test_the_loss_beside_the_weights_leaves_them_as_they_were():
     model = small_model("llama")
     before, idx = copy.deepcopy(model), tokens()
-    slope = common.gradient(model, idx, CPU)
-    step = -1e-3 / common.length(slope)
-    up, here, down = common.loss_beside(model, idx, slope, [-step, 0.0, step])
+    slope = measures.gradient(model, idx, CPU)
+    step = -1e-3 / measures.length(slope)
+    up, here, down = measures.loss_beside(model, idx, slope, [-step, 0.0, step])
     assert up > here > down and here == model(idx, idx).item()
-    assert abs((up - down) / 2e-3 / common.length(slope) - 1) < 0.05  # the slope is the gradient's length
+    assert abs((up - down) / 2e-3 / measures.length(slope) - 1) < 0.05  # the slope is the gradient's length
     assert not any(moved.any() for moved in differs(model, before).values())
 
 
 def test_auc_by_hand():
-    assert attacks.auc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 0.0])) == pytest.approx((3 + 1.5) / 6)
-    assert attacks.auc(torch.ones(5), torch.ones(4)) == 0.5
-    assert attacks.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert measures.auc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 0.0])) == pytest.approx((3 + 1.5) / 6)
+    assert measures.auc(torch.ones(5), torch.ones(4)) == 0.5
+    assert measures.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
 
 
-def test_replaying_the_secret_gives_the_mask_and_another_one_nothing(nano):
-    lab = lab_of(nano)
-    masks = lab.release("pmp").masks
-    known = attacks.replay(lab, "pmp", secret_of(lab.release("pmp").out))
-    assert known["entries_recognised"] >= known["frozen"] == sum(int((~mask).sum()) for mask in masks.values())
-    assert known["iou"] > 0.99 > 0.75 > attacks.replay(lab, "pmp", b"another")["iou"]
+def test_measurements_look_where_they_say(shop, monkeypatch):
+    monkeypatch.setattr(measures, "BATCHES", 2)
+    monkeypatch.setattr(measures, "SIZES", [1e-6, 1e-3])
+    release = shop.release("pmp", 0)
+    result = measures.landscape(shop, release, release.masks)
+    curves = np.array([result["curves"][place] for place in measures.PLACES])  # (places, directions, alphas)
+    middle = result["alphas"].index(0.0)
+    assert np.ptp(curves[:, :, middle]) == 0  # every line goes through the release itself
+    assert (curves != curves[:, :, [middle]]).sum() == curves[:, :, 1:].size
+    assert set(result["curvature"]) == set(measures.SCALINGS)
+    result = measures.one_step(shop, release, release.masks)
+    whole, ticket, rest = (np.array(result["change"][arm]) for arm in ("outsider", "authorised", "complement"))
+    assert whole[:, 0] == pytest.approx(ticket[:, 0] + rest[:, 0], rel=0.2)  # a small step is nearly linear
+    found = measures.gradients(shop, release, release.masks)["auc"]
+    assert {"all entries", "within tensors", "mlp", "embedding"} <= set(found) and all(
+        0 <= value <= 1 for value in found.values())
 
 
-def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(nano):
-    lab = lab_of(nano)
-    for name in attacks.SCORES:
-        assert 0 <= attacks.recovery(lab, name, 0)["iou"] <= 1
-    assert abs(attacks.recovery(lab, "random", 0)["auc"] - 0.5) < 0.01
-    assert attacks.recovery(lab, "gradient, 1 batch", 0)["auc"] > 0.6
-    guess = attacks.guess(lab, lab.release("pmp"), "constants that never moved")
+def test_noise_scaled_by_rows_has_the_rows_lengths_and_the_embedding_can_be_left_out():
+    p, noise = torch.nn.Parameter(torch.rand(4, 6)), torch.randn(4, 6)
+    assert torch.allclose(measures.by_rows("w", noise, p).norm(dim=1), p.norm(dim=1))
+    without = measures.SCALINGS["without embedding"]
+    assert not without("model.embed_tokens.weight", noise, p).any() and without("mlp.w", noise, p).all()
+
+
+def test_replaying_the_secret_gives_the_mask_and_another_one_nothing(shop):
+    release = shop.release("pmp", 0)
+    known = attacks.replay(shop, release, release.masks, secret_of(release.out))
+    assert known["entries_recognised"] >= known["frozen"] == sum(int((~mask).sum()) for mask in release.masks.values())
+    assert known["iou"] > 0.99 > 0.75 > attacks.replay(shop, release, release.masks, b"another")["iou"]
+
+
+def test_guesses_at_the_mask_are_better_than_chance_where_they_should_be(shop, monkeypatch):
+    release = shop.release("pmp", 0)
+    monkeypatch.setitem(attacks.SCORES, "own EarlyBird", partial(attacks.rehearsal_score, steps=5, batches=1))
+    names = [name for name in attacks.RECOVERIES if name != "gradient, 100 batches"]
+    found = {name: attacks.recovery(shop, release, release.masks, name) for name in names}
+    assert all(0 <= found[name]["iou"] <= 1 for name in names if "folder" not in name)
+    assert abs(found["random"]["auc"] - 0.5) < 0.01 and found["gradient, 1 batch"]["auc"] > 0.6
+    assert found["release folder"]["same_files"] and not found["release folder"]["differing"]
+    guess = attacks.guess(shop, release, "constants that never moved")
     for name, mask in guess.items():  # a gain that is not 1 any more was in the ticket
         if "norm" in name:
-            assert (lab.release("pmp").masks[name] | ~mask | (dict(
-                lab.release("pmp").body.named_parameters())[name] == 1)).all()
+            assert (release.masks[name] | ~mask | (dict(release.body.named_parameters())[name] == 1)).all()
 
 
-def test_the_bits_of_a_weight_do_not_tell_who_was_trained(nano, flags, models, tmp_path):
+def test_the_bits_of_a_weight_do_not_tell_who_was_trained(shop, flags, tmp_path):
     """The share of impossible values is the same inside and outside of the ticket, for each std; once it was not."""
-    with common.old_theta_0():
-        pmp.main([*flags, "--out", str(models / "old-0")])
-    lab = lab_of(nano)
-    for variant in ("old", "pmp"):
-        release = lab.release(variant)
+    with recipe.old_theta_0():
+        pmp.main([*flags, "--out", str(tmp_path / "old-0")])
+    shop.known = {}
+    new = shop.release("pmp", 0)
+    body = run.load_folder(tmp_path / "old-0" / "release", run.FAMILIES)
+    masks = pmp.load_mask(tmp_path / "old-0" / "private" / "mask.safetensors", dict(body.named_parameters()))
+    old = run.Release("old", 0, tmp_path / "old-0", body, new.tokenizer, masks)
+    for release in (old, new):
         kinds = {}
         for (name, p), std in zip(release.body.named_parameters(), attacks.exact_spread(release).values()):
             if std:
@@ -271,38 +360,36 @@ def test_the_bits_of_a_weight_do_not_tell_who_was_trained(nano, flags, models, t
         assert len(kinds) == 2
         for parts in kinds.values():
             inside, outside = (torch.cat(part).double() for part in parts)
-            if variant == "old":
+            if release is old:
                 assert outside.sum() == 0 and inside.mean() > 0.03
             else:
                 error = (inside.mean() * (1 / len(inside) + 1 / len(outside))).sqrt()
                 assert abs(inside.mean() - outside.mean()) < 5 * error and outside.mean() > 0.03
-    found = attacks.recovery(lab, "lattice, with rows and columns", 0, "old")
-    assert found["auc"] > 0.7
-    assert abs(attacks.recovery(lab, "lattice, with rows and columns", 0)["auc"] - 0.5) < 0.1
+    pooled = "lattice, with rows and columns"
+    assert attacks.recovery(shop, old, old.masks, pooled)["auc"] > 0.7
+    assert abs(attacks.recovery(shop, new, new.masks, pooled)["auc"] - 0.5) < 0.1
 
 
-def test_the_release_folder_holds_nothing_of_the_mask_and_the_check_can_fail(nano, tmp_path, models):
-    lab = lab_of(nano)
-    leak = attacks.leak(lab)
-    assert leak["same_files"] and leak["same_header"] and not leak["differing"]
-    shutil.copytree(models / "pmp-0", tmp_path / "told")
+def test_the_check_of_the_release_folder_can_fail(shop, tmp_path):
+    release = shop.release("pmp", 0)
+    shutil.copytree(release.out, tmp_path / "told")
     config = tmp_path / "told" / "release" / "config.json"
     config.write_text(config.read_text().replace("{", '{"rho": 0.7,', 1))
-    lab.release("pmp").out = tmp_path / "told"
-    assert attacks.leak(lab)["differing"] == ["config.json"]
+    release.out = tmp_path / "told"
+    assert attacks.leak(shop, release)["differing"] == ["config.json"]
 
 
-def test_there_are_27_adversaries_and_each_changes_what_it_says(nano):
-    outsiders = attacks.PLAIN + attacks.SUSPICIOUS
-    assert len({adversary.name for adversary in outsiders}) == len(outsiders) >= 27
-    lab = lab_of(nano)
-    release = lab.release("pmp")
-    for adversary in outsiders:
-        masks = adversary.mask and adversary.mask(lab, release)
+def test_each_adversary_changes_what_it_says(shop):
+    outsiders = [how for how in plan.DETERMINED]
+    assert len(set(outsiders)) == len(outsiders) >= 27
+    release = shop.release("pmp", 0)
+    for how in outsiders:
+        adversary = attacks.ADVERSARIES[how]
+        masks = adversary.mask and adversary.mask(shop, release)
         body = copy.deepcopy(release.body)
         if adversary.change and "continue" not in str(adversary.change):
-            adversary.change(lab, release, body)
-            assert any(moved.any() for moved in differs(body, release.body).values()), adversary.name
+            adversary.change(shop, release, body)
+            assert any(moved.any() for moved in differs(body, release.body).values()), how
         if adversary.method != "full":
             continue
         params, before = dict(body.named_parameters()), copy.deepcopy(body)
@@ -312,10 +399,19 @@ def test_there_are_27_adversaries_and_each_changes_what_it_says(nano):
         optimizer.step(1e-3, 1.0)
         moved = differs(body, before)
         outside = sum(int((moved[name] & ~masks[name]).sum()) for name in masks) if masks else 0
-        assert any(m.any() for m in moved.values()) and outside == 0, adversary.name
-        if adversary.name == "attention and head":
+        assert any(m.any() for m in moved.values()) and outside == 0, how
+        if how == "attention and head":
             assert {name for name, m in moved.items() if m.any()} == {
                 name for name in params if "attn" in name or "head" in name}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rescaled_weights_are_the_same_function(family):
+    model = small_model(family)
+    body, idx = copy.deepcopy(model), tokens()
+    attacks.rescale(None, None, body)
+    moved = {name for name, m in differs(body, model).items() if m.any()}
+    assert len(moved) > 4 and torch.allclose(body(idx), model(idx), atol=1e-4)
 
 
 def test_lion_steps_by_the_sign_and_a_step_that_is_not_finite_changes_nothing():
@@ -330,24 +426,139 @@ def test_lion_steps_by_the_sign_and_a_step_that_is_not_finite_changes_nothing():
     assert p.tolist() == pytest.approx([0.99, 2.01, 3.0])
 
 
-def test_a_verdict_needs_the_whole_interval_on_one_side():
-    assert verdicts.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / 3**0.5))
-    assert verdicts.judge([(2.0, 1.0)]) == "**holds**"
-    assert verdicts.judge([(2.0, 3.0)]) == "**cannot tell**"
-    assert verdicts.judge([(-2.0, 1.0)]) == "**does not hold**"
-    assert verdicts.judge([(20.0, 1.0), (-5.0, 1.0)]) == "**does not hold**"
+# -----------------------------------------------------------------------------
+# verdicts
 
 
-def test_the_verdicts_in_the_readme_are_what_the_results_say(capsys, monkeypatch):
-    monkeypatch.setattr(common.Lab, "release", lambda lab, *what: pytest.fail(f"the results lack some of {what}"))
-    common.run(verdicts.script, "a test", ["--scale", "laptop", "--device", "cpu"])
-    table = capsys.readouterr().out.split("\n\n")[-1].strip()
-    assert table.startswith("| claim of the paper") and table in (HERE / "README.md").read_text()
+def test_students_t_by_the_book():
+    assert verdicts.quantile(3) == pytest.approx(4.303, abs=2e-3)
+    assert verdicts.quantile(8) == pytest.approx(2.365, abs=1e-3)
+    assert verdicts.two_sided(2.571, 6) == pytest.approx(0.05, abs=1e-4) and verdicts.two_sided(0, 5) == 1
+    found = verdicts.marker("x", [1.0, 2.0, 3.0])
+    assert found.estimate == 2 and found.half == pytest.approx(4.303 / 3**0.5, abs=1e-3)
+    assert found.p == pytest.approx(verdicts.two_sided(2 * 3**0.5, 3))
+
+
+def test_holms_correction_by_hand():
+    rows = [verdicts.Row("a", [verdicts.Marker("x", estimate=1.0, p=p)]) for p in (0.01, 0.02, 0.04)]
+    rows.append(verdicts.Row("b", [verdicts.Marker("x", estimate=-1.0, p=0.001)]))
+    verdicts.correct(rows)  # 0.004, 0.03, 0.04, 0.04
+    assert [row.verdict for row in rows] == ["holds"] * 3 + ["does not hold"]
+    rows = [verdicts.Row("a", [verdicts.Marker("x", estimate=1.0, p=p) for p in (0.03, 0.03)])]
+    assert verdicts.correct(rows)[0].verdict == "open"  # 0.06
+
+
+def test_a_row_can_be_mixed_and_below_counts_as_for_the_claim():
+    def of(*found):
+        return verdicts.Row("a", [verdicts.Marker("x", verdict=one) for one in found]).verdict
+    assert of("holds", "does not hold", "open") == "mixed" and of("holds", "open") == "open"
+    assert of("does not hold", "open") == "does not hold" and of("holds", "not run") == "partly run"
+    assert of("not run") == of() == "not run" and of("holds", "unfinished") == "partly run"
+    assert verdicts.marker("x", [1.0, 1.1, 1.2], planned=8).verdict == "unfinished"
+    assert of("tells nothing") == "tells nothing"
+    below = verdicts.Marker("x", estimate=0.02, margin=0.05, above=False, p=0.001)
+    below.judge(0.01)
+    assert below.verdict == "holds"
+
+
+def test_a_planted_effect_is_found_and_none_where_there_is_none():
+    def planted(job):
+        result = no_effect(job)
+        if job.kind == "tune" and job.what["arm"] in ("pmp", "untied-pmp"):
+            result["accuracy"] -= 10
+        return result
+    nothing = {row.claim.split()[0]: row.verdict for row in verdicts.claims(Made(no_effect))}
+    assert "holds" not in [nothing[number] for number in ("3", "5", "6", "8", "9", "11", "12", "18")]
+    assert nothing["1"] == "holds" and nothing["3"] == "does not hold" and nothing["17"] == "holds"
+    found = {row.claim.split()[0]: row for row in verdicts.claims(Made(planted))}
+    assert [found[number].verdict for number in ("3", "5", "6", "8")] == ["holds"] * 4
+    assert found["3"].markers[0].estimate == pytest.approx(100 / 3, abs=3)  # ten points of a gain of thirty
+
+
+def test_the_error_of_a_contrast_has_the_error_of_the_choice():
+    def two(job, seeds_agree):
+        if job.kind != "tune":
+            return no_effect(job)
+        if job.what["on"] == "judge":
+            return {"accuracy": 80.0 + 0.01 * job.what["seed"]}
+        best, slope = (8.0, 4) if seeds_agree or job.what["seed"] == 100 else (2.0, 2)
+        return {"accuracy": 80 - slope * abs(math.log2(job.what["rate"] / best))}
+    errors = [verdicts.Evidence(Made(lambda job: two(job, agree))).contrast({"pmp": 1}, "docs")[1]
+              for agree in (True, False)]
+    assert errors[0] < 0.02 and errors[1] > 0.5
+
+
+def test_updates_to_reach_a_goal_by_hand():
+    assert verdicts.to_reach({"1": 0.0, "2": 10.0}, 4, 20.0, 10.0) == 2
+    assert verdicts.to_reach({"1": 0.0, "2": 10.0}, 4, 20.0, 15.0) == pytest.approx(2 * 2**0.5)
+    assert verdicts.to_reach({"1": 0.0, "2": 10.0}, 4, 20.0, 30.0) == 8
+    assert verdicts.to_reach({"1": 5.0}, 2, 6.0, 1.0) == 1
+
+
+# -----------------------------------------------------------------------------
+# the report, and the command lines
+
+
+class NoPicture:
+    """Stands for matplotlib, which the tests do without: takes every call, as one axis or as many."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: NoPicture()
+
+    def __iter__(self):
+        return iter([self] * 3)
+
+    def __getitem__(self, index):
+        return self
+
+    def __setitem__(self, index, value):
+        pass
+
+
+def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(pictures, "subplots", lambda *size, **options: (NoPicture(), NoPicture()))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(path.name))
+    evidence = verdicts.Evidence(Made(no_effect))
+    tables = {name: table(evidence) for name, table in report.TABLES.items()}
+    assert tables["verdicts"].count("\n| ") == 1 + 23 and "| full, PMP | " in tables["table1"]
+    assert "| Lion |" in tables["adversaries"] or len(tables["adversaries"].splitlines()) == 2 + 10
+    for name, draw in pictures.ALL.items():
+        assert pictures.there(evidence, name)
+        draw(evidence, tmp_path / f"{name}.png")
+    assert len(drawn) == len(pictures.ALL)
+    empty = verdicts.Evidence(Made(no_effect, known=("none",)))  # nothing has been run yet
+    assert all(isinstance(table(empty), str) for table in report.DOCUMENT.values())
+    assert {row.verdict for row in verdicts.claims(empty.results)} == {"not run"}
+
+
+def test_the_tables_in_the_readme_are_what_the_results_say():
+    evidence = verdicts.Evidence(Results("laptop").refresh())
+    text = (HERE / "README.md").read_text()
+    assert all(f"<!-- {name} -->" in text for name in report.DOCUMENT)
+    assert report.filled(text, evidence) == text, "run: python experiments/report.py --scale laptop --write"
+
+
+def test_a_run_is_drawn_and_its_density_stays_private(finished, monkeypatch, tmp_path, capsys):
+    names = []
+    monkeypatch.setattr(plot, "subplots", lambda *shape, **options: (
+        NoPicture(), [NoPicture()] * 2 if shape else NoPicture()))
+    monkeypatch.setattr(plot, "save", lambda figure, path, mode=0o644: names.append((path, mode)))
+    plot.main([str(finished), str(finished)])
+    private = finished / "private" / "density.png"
+    assert names == [(finished / "runs.png", 0o644), (private, 0o600), (private, 0o600)]
+    log = plot.read_log(finished)
+    assert log["I"]["iou"].shape == (2, 2) and log["II"]["val_loss"][0].tolist() == [3, 6]
+    (tmp_path / "log.jsonl").write_text((finished / "log.jsonl").read_text() + '{"stage": "II", "st')
+    assert plot.read_log(tmp_path)["II"]["loss"].shape == (2, 6)
+    bad(tmp_path / "nowhere", expect="there is no folder", capsys=capsys, main=plot.main)
+    (tmp_path / "log.jsonl").write_text("")
+    bad(tmp_path, expect="has no step yet", capsys=capsys, main=plot.main)
 
 
 def test_bad_flags_of_an_experiment_are_one_sentence(capsys, tmp_path):
-    def main(argv):
-        common.Lab(common.parse(argv, "a test"))
-    bad("--scale", "huge", expect="huge", capsys=capsys, main=main)
-    bad("--scael", "laptop", expect="--scael", capsys=capsys, main=main)
-    bad("--device", "warp", "--results", tmp_path, "--work", tmp_path, expect="warp", capsys=capsys, main=main)
+    for main in (run.main, report.main):
+        bad("--scale", "huge", expect="huge", capsys=capsys, main=main)
+        bad("--scael", "laptop", expect="--scael", capsys=capsys, main=main)
+    bad("--results", tmp_path, expect="no result", capsys=capsys, main=report.main)
+    bad("--device", "warp", "--results", tmp_path, "--work", tmp_path, expect="warp", capsys=capsys, main=run.main)

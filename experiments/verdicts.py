@@ -1,159 +1,389 @@
-"""The paper's claims, what the other scripts measured, and what follows. The table in README.md is this.
+"""The paper's claims, judged as PROTOCOL.md says: paired differences, intervals, Holm's correction. It only reads."""
 
-    python experiments/verdicts.py --scale laptop
-
-A difference counts when the 95% interval of its mean over three pairs of seeds (Student's t) lies on one side. A claim
-about fine-tuning is tested on the tasks that need pre-training, in shares of what the dense model gains there over
-random weights: holding back less than a tenth of that is not "non-fine-tunable". What stays open is "cannot tell".
-"""
+import math
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+from attacks import CONSTANTS, SCORES
+from measures import SCALINGS, SIZES
+from plan import (ARMS, CHOOSING, MAIN, MODELS, candidates, choice, choosing_mean, judged, measure_job, model_job,
+                  strongest)
 
-from common import EPOCHS, FULL, LORA, MASKED_FULL, PAIRS, RATIOS, SCRATCH, UserError, accuracy, markdown, run
+TENTH, EQUAL, CLOSE, OVERLAP, TELLING = 0.1, 0.05, 0.02, 0.1, 0.6  # margins: see the protocol
+DRAWS = 2000  # of the bootstrap
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, by the number of values
-TENTH = 10.0  # % of the dense model's gain
-FREE = 0.05  # nats that a mask may cost
-
-
-def interval(values):
-    """Mean and half the width of its 95% interval."""
-    values = np.asarray(values, float)
-    return values.mean(), T95[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+# -----------------------------------------------------------------------------
+# Student's t, from its density
 
 
-def judge(intervals):
-    """"holds" where every interval lies above 0, "does not hold" where one lies below it, or "cannot tell"."""
-    if any(mean + half < 0 for mean, half in intervals):
-        return "**does not hold**"
-    return "**holds**" if all(mean - half > 0 for mean, half in intervals) else "**cannot tell**"
+def two_sided(t, n):
+    """P(|T| > |t|) for Student's T with n - 1 degrees of freedom."""
+    df = n - 1
+    x = np.linspace(0, min(abs(t), 1e4), 20001)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    return max(0.0, 1 - 2 * float(np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)))
 
 
-def spell(intervals, names, unit):
-    return "; ".join(f"{name} {mean:.3g} ±{half:.2g}{unit}" for (mean, half), name in zip(intervals, names))
+def quantile(n):
+    """The t that |T| exceeds with probability 5%."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, n) > 0.05 else (low, middle)
+    return high
 
 
-def advantage(lab, task, first, second, margin):
-    """(interval of first - second in % of the dense model's gain, interval of what they differ by beyond the margin).
-
-    first, second: accuracies on a task, one a pair of seeds. None where the dense model does not clearly beat random
-    weights: nothing can be told there.
-    """
-    gains = np.array(lab.scores("dense", task, FULL)) - lab.scores("dense", task, SCRATCH)
-    gain, half = interval(gains)
-    if gain < half:
-        return None
-    return interval(100 * (first - second) / gain), interval(first - second - margin / 100 * gains)
+# -----------------------------------------------------------------------------
+# markers and rows
 
 
-def row(claim, found, said=""):
-    """A row of the table from {task: advantage}."""
-    found = {task: intervals for task, intervals in found.items() if intervals}
-    if not found:
-        return [claim, said + "the dense model does not clearly beat random weights", "**cannot tell**"]
-    shown, judged = zip(*found.values())
-    return [claim, said + spell(shown, found, " % of the dense gain"), judge(judged)]
+@dataclass
+class Marker:
+    """One test: an estimate with its 95% interval against a margin, which it should lie above, or below."""
+
+    label: str
+    estimate: float = math.nan
+    half: float = math.nan  # of the interval's width
+    margin: float = 0.0
+    above: bool = True
+    p: float = math.nan  # two-sided, against the margin
+    n: int = 0  # pre-trainings
+    planned: int = 2  # with fewer there is no verdict yet
+    unit: str = ""
+    verdict: str = "not run"
+
+    def judge(self, p):
+        """Take the corrected p-value."""
+        if not math.isnan(p):
+            good = (self.estimate > self.margin) == self.above
+            self.verdict = "open" if p >= 0.05 else "holds" if good else "does not hold"
 
 
-def compare(lab, claim, one, other, margin=0.0):
-    """Does arm `one`, a (variant, adversary), do better than arm `other`?"""
-    return row(claim, {task: advantage(lab, task, *(np.array(lab.scores(variant, task, adversary))
-                                                    for variant, adversary in (one, other)), margin)
-                       for task in lab.scale.needy})
+@dataclass
+class Row:
+    """One claim."""
+
+    claim: str
+    markers: list = field(default_factory=list)
+
+    @property
+    def verdict(self):
+        found = {marker.verdict for marker in self.markers}
+        if found <= {"not run", "tells nothing"}:
+            return "not run" if "not run" in found or not found else "tells nothing"
+        found -= {"tells nothing"}
+        if found & {"not run", "unfinished"}:
+            return "partly run"
+        if {"holds", "does not hold"} <= found:
+            return "mixed"
+        if found == {"holds"}:
+            return "holds"
+        return "does not hold" if "does not hold" in found else "open"
 
 
-def capability(lab):
-    dense, masked, random, mean = (np.array(lab.losses(variant)) for variant in ("dense", "pmp", "random", "mean"))
-    cost, half = interval(masked - dense)
-    return [
-        [f"PMP preserves the pre-trained capability (4.2): at most {FREE} nats",
-         f"held-out loss {dense.mean():.3f} dense, {masked.mean():.3f} PMP: {spell([(cost, half)], ['+'], ' nats')}",
-         judge([(FREE - cost, half)])],
-        ["the EarlyBird ticket trains at least as well as a random mask (4.4)",
-         f"held-out loss {masked.mean():.3f} EarlyBird, {random.mean():.3f} random, {mean.mean():.3f} `--score mean`: "
-         + spell([interval(masked - random)], ["over random +"], " nats"),
-         judge([interval(random - masked)])],
-    ]
+def marker(label, values, error=None, **more):
+    """A Marker of paired values, one a pre-training; error: of their mean, where the choice adds to it."""
+    values = np.asarray([value for value in values if value is not None and math.isfinite(value)])
+    n = len(values)
+    if n < 2:
+        return Marker(label, n=n, **more)
+    error = error or float(values.std(ddof=1)) / math.sqrt(n)
+    found = Marker(label, float(values.mean()), quantile(n) * error, n=n, **more)
+    if n < found.planned:
+        found.verdict = "unfinished"
+    else:
+        found.p = two_sided((found.estimate - found.margin) / max(error, 1e-12), n)
+    return found
 
 
-def sweep(lab, claim, settings):
-    """Does any setting give the PMP model what the dense one gets from its best? settings: [(rate, epochs), ...]."""
-    task = lab.scale.needy[0]
-
-    def values(variant):
-        runs = [[accuracy(lab.tune(variant, pair, task, FULL, *setting)) for pair in PAIRS] for setting in settings]
-        return np.array(max(runs, key=np.mean))
-    return row(claim, {task: advantage(lab, task, values("dense"), values("pmp"), TENTH)},
-               "held back at the best setting: ")
-
-
-def knob(lab):
-    task = lab.scale.needy[0]
-    scores = {rho: np.array(lab.scores(variant, task, FULL)) for rho, variant in RATIOS.items()}
-    means = ", ".join(f"{rho:g}: {value.mean():.1f}" for rho, value in scores.items())
-    return row("the mask ratio sets the strength (4.4)", {task: advantage(lab, task, scores[1.0], scores[0.5], TENTH)},
-               f"fine-tuned, {means}; 0.5 holds back: ")
-
-
-def geometry(lab):
-    for name, maker in (("landscape", "figure5"), ("gradients", "figure6"), ("one_step", "proposition1"),
-                        ("recovery", "attacks")):
-        if not lab.read(name):
-            raise UserError(f"{lab.results} has no {name}.jsonl yet: run {maker}.py with the same flags first")
-    landscape, gradients, step = (list(lab.read(name).values()) for name in ("landscape", "gradients", "one_step"))
-    of = {variant: [result for result in landscape if result["key"]["model"] == variant]
-          for variant in ("pmp", "dense")}
-    rows = []
-    for kind in ("random", "gradient"):
-        mean = {(variant, place): np.array([1e3 * np.mean(result["curvature"][kind][place]) for result in results])
-                for variant, results in of.items() for place in ("complement", "ticket")}
-        excess = [interval(mean[variant, "complement"] - mean[variant, "ticket"]) for variant in of]
-        rows.append([f"the loss curves more in the complement than in the ticket (Assumption 1), {kind} directions",
-                     spell([interval(mean["pmp", place]) for place in ("complement", "ticket")],
-                           ("complement", "ticket"), "") + f"; excess in the dense model: {excess[1][0]:.2g}",
-                     judge(excess[:1])])
-    change = {(variant, arm): np.array([1e3 * np.mean(result["change"][arm], 0) for result in step
-                                        if result["key"]["model"] == variant])  # (models, sizes), thousandths of a nat
-              for variant in of for arm in ("outsider", "authorised, same length")}
-    sizes = [f"step {size:g}:" for size in step[0]["sizes"][:3]]
-    for claim, value in (
-            ("an outsider's step raises the pre-training loss (eq. 8)", lambda variant: change[variant, "outsider"]),
-            ("and more than an authorised step of the same length (Proposition 1)",
-             lambda variant: change[variant, "outsider"] - change[variant, "authorised, same length"])):
-        found = [interval(column) for column in value("pmp").T[:3]]
-        rows.append([claim, spell(found, sizes, " mnats") + "; dense model: " + ", ".join(
-            f"{number:.2g}" for number in value("dense").mean(0)[:3]), judge(found)])
-    telling = [result["auc"] for result in gradients if result["key"]["model"] == "pmp"]
-    rows.append(["gradients do not tell the mask (5.2): AUC below 0.6", spell([interval(telling)], ["AUC"], ""),
-                 judge([(0.6 - interval(telling)[0], interval(telling)[1])])])
-    guesses = {}
-    for result in lab.read("recovery").values():
-        if "auc" in result:
-            guesses.setdefault(result["key"]["attack"], []).append(result)
-    best = max(guesses, key=lambda name: np.mean([result["iou"] for result in guesses[name]]))
-    share, overlap = (interval([result[key] for result in guesses[best]]) for key in ("auc", "iou"))
-    rows.append(["an outsider cannot recover the mask (5.2): IoU within 0.1 of chance (0.54)",
-                 f"{best}: " + spell([share, overlap], ["AUC", "IoU"], ""), judge([(0.64 - overlap[0], overlap[1])])])
+def correct(rows):
+    """Holm's method over all markers of all rows."""
+    tested = sorted((m for row in rows for m in row.markers if not math.isnan(m.p)), key=lambda m: m.p)
+    worst = 0.0
+    for i, found in enumerate(tested):
+        worst = max(worst, min(1.0, found.p * (len(tested) - i)))
+        found.judge(worst)
     return rows
 
 
-def script(lab):
-    outsider, dense = ("pmp", FULL), ("dense", FULL)
-    epochs = [(lab.scale.rates[len(lab.scale.rates) // 2], number) for number in EPOCHS]
-    rows = [
-        *capability(lab),
-        compare(lab, "full fine-tuning without the mask gains less than on the dense model (4.2)", dense, outsider,
-                TENTH),
-        compare(lab, "so does LoRA (4.2)", ("dense", LORA), ("pmp", LORA), TENTH),
-        compare(lab, "authorised fine-tuning beats the outsider's (4.3)", ("pmp", MASKED_FULL), outsider),
-        compare(lab, "a random mask protects less than the EarlyBird ticket (4.4)", ("random", FULL), outsider),
-        knob(lab),
-        sweep(lab, "no learning rate makes up for it (4.4)", [(rate, lab.scale.epochs[0]) for rate in lab.scale.rates]),
-        sweep(lab, "no number of epochs makes up for it (4.4)", epochs),
-        *geometry(lab),
-    ]
-    return markdown(["claim of the paper", "measured (95% interval)", "verdict"], rows)
+# -----------------------------------------------------------------------------
+# what the results say of an arm
 
 
-if __name__ == "__main__":
-    run(script, __doc__)
+class Evidence:
+    """Looks up what claims are made of."""
+
+    def __init__(self, results):
+        self.results, self.scale = results, results.scale
+
+    def planned(self, *models):
+        """How many pre-trainings there will be of all these models."""
+        return min(self.scale.seeds[MODELS[name].seeds] for name in models)
+
+    def runs(self, arm, task):
+        """{seed: result} of an arm for the record."""
+        jobs = judged(self.scale, arm, task, self.results)
+        return {job.what["seed"]: found for job in jobs if (found := self.results.get(job))}
+
+    def accuracy(self, arm, task):
+        return {seed: result["accuracy"] for seed, result in self.runs(arm, task).items()}
+
+    def models(self, name):
+        """{seed: result} of the pre-trainings for the record."""
+        seeds = range(self.scale.seeds[MODELS[name].seeds])
+        found = {seed: self.results.get(model_job(self.scale, name, seed, self.results)) for seed in seeds}
+        return {seed: result for seed, result in found.items() if result}
+
+    def measured(self, kind, model, **more):
+        """{seed: result} of a measurement."""
+        seeds = range(self.scale.seeds[MODELS[model].seeds])
+        found = {seed: self.results.get(measure_job(self.scale, kind, model, seed, self.results, **more))
+                 for seed in seeds}
+        return {seed: result for seed, result in found.items() if result}
+
+    def rises(self, arm, task):
+        """{seed: nats} by which an arm's fine-tuning raises the loss on pre-training text."""
+        before = self.models(ARMS[arm].model)
+        return {seed: result["text_loss"] - before[seed]["text_loss"]
+                for seed, result in self.runs(arm, task).items() if seed in before}
+
+    def search(self, arm, task):
+        """{(rate, epochs): accuracies of the choosing seeds}, or {} while it is not done."""
+        if ARMS[arm].how == "base" or choice(self.scale, arm, task, self.results) is None:
+            return {}
+        grid = candidates(self.scale, ARMS[arm].like or arm, task, self.results)
+        return {pair: np.array([self.results.get(job)["accuracy"] for job in jobs]) for pair, jobs in grid.items()}
+
+    def contrast(self, weights, task):
+        """(values by pre-training, standard error) of sum(weight * accuracy) over arms; ([], None) without runs.
+
+        The error's bootstrap draws pre-trainings, and choosing seeds, which repeat the choice of rate and epochs.
+        """
+        scores = {arm: self.accuracy(arm, task) for arm in weights}
+        seeds = sorted(set.intersection(*(set(found) for found in scores.values())))
+        values = np.array([sum(weight * scores[arm][seed] for arm, weight in weights.items()) for seed in seeds])
+        if len(seeds) < 2:
+            return values, None
+        random = np.random.default_rng(0)
+        drawn = values[random.integers(len(seeds), size=(DRAWS, len(seeds)))].mean(1)
+        choosing = random.integers(len(CHOOSING), size=(DRAWS, len(CHOOSING)))
+        for arm, weight in weights.items():
+            if grid := self.search(arm, task):
+                table = np.array(list(grid.values()))  # (pairs, choosing seeds)
+                means = table.mean(1)
+                taken = table[:, choosing].mean(2).argmax(0)  # of each draw
+                drawn = drawn + weight * (means[taken] - means.max())
+        return values, float(drawn.std()) * math.sqrt(len(seeds) / (len(seeds) - 1))
+
+    def gain(self, task, full="dense", scratch="scratch"):
+        """What the dense model gains over random weights: (mean, whether it is clearly above 0)."""
+        values, error = self.contrast({full: 1, scratch: -1}, task)
+        if error is None:
+            return math.nan, False
+        return values.mean(), values.mean() > quantile(len(values)) * error
+
+    def shares(self, weights, full="dense", scratch="scratch", margin=0.0, suffix="", tasks=MAIN):
+        """A marker for each task: sum(weight * accuracy) in percent of the gain that `full` has over `scratch`."""
+        found = []
+        for task in tasks:
+            gain, clear = self.gain(task, full, scratch)
+            test = dict(weights)
+            if margin:  # a share of each pair's own gain
+                test[full] = test.get(full, 0) - margin
+                test[scratch] = test.get(scratch, 0) + margin
+            values, error = self.contrast(test, task)
+            label = task + suffix
+            if error is None or math.isnan(gain):
+                found.append(Marker(label, unit="% of the gain", margin=100 * margin))
+                continue
+            one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
+                         planned=self.planned(*(ARMS[arm].model for arm in test)))
+            one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
+            if not clear:
+                one.verdict, one.p = "tells nothing", math.nan
+            found.append(one)
+        return found
+
+
+def by_seed(first, second, combine):
+    """combine(a, b) of the seeds that both have."""
+    return [combine(first[seed], second[seed]) for seed in sorted(first) if seed in second]
+
+
+def growth(a, b, least):
+    """asinh(a / least) - asinh(b / least): log(a / b) where both are well above `least`, and defined below 0, too."""
+    return math.asinh(a / least) - math.asinh(b / least)
+
+
+def excess(own, own_inside, dense, dense_inside, least):
+    """[growth of own over own inside the mask, minus the same of dense] of the seeds that all four have."""
+    seeds = [seed for seed in sorted(own) if seed in own_inside and seed in dense and seed in dense_inside]
+    return [growth(own[seed], own_inside[seed], least) - growth(dense[seed], dense_inside[seed], least)
+            for seed in seeds]
+
+
+# -----------------------------------------------------------------------------
+# the claims
+
+
+def losses(evidence, claim, pairs, margin):
+    """A row about held-out losses: first - second below the margin, in nats. pairs: {label: (model, model)}."""
+    row = Row(claim)
+    for label, (first, second) in pairs.items():
+        one, other = evidence.models(first), evidence.models(second)
+        row.markers.append(marker(label, by_seed(one, other, lambda a, b: a["text_loss"] - b["text_loss"]),
+                                  margin=margin, above=False, unit="nats", planned=evidence.planned(first, second)))
+    return row
+
+
+def to_reach(curve, updates, final, goal):
+    """The number of updates after which an accuracy was reached, interpolated; twice as many as there were if never."""
+    points = sorted({int(step): value for step, value in curve.items()} | {updates: final})
+    curve = {int(step): value for step, value in curve.items()} | {updates: final}
+    before = None
+    for step in points:
+        if curve[step] >= goal:
+            if before is None:
+                return step
+            share = (goal - curve[before]) / (curve[step] - curve[before])
+            return math.exp(math.log(before) + share * math.log(step / before))
+        before = step
+    return 2 * updates
+
+
+def speed(evidence, arm, task, share):
+    """{seed: updates until an arm has a share of the dense gain}."""
+    runs, dense, scratch = (evidence.runs(name, task) for name in (arm, "dense", "scratch"))
+    return {seed: to_reach(run["curve"], run["updates"], run["accuracy"], scratch[seed]["accuracy"] + share * (
+        dense[seed]["accuracy"] - scratch[seed]["accuracy"])) for seed, run in runs.items()
+        if seed in dense and seed in scratch}
+
+
+def changes(evidence, model, arm):
+    """{seed: [mean change of the loss at each eta]} of Proposition 1's step."""
+    return {seed: np.mean(result["change"][arm], 0) for seed, result in evidence.measured("one_step", model).items()}
+
+
+def strongest_attack(evidence, model):
+    """(name, {seed: IoU}) of the guess of the ticket's size with the best mean IoU."""
+    found = {attack: {seed: result["iou"] for seed, result in evidence.measured(
+        "recovery", model, attack=attack).items()} for attack in SCORES if attack != CONSTANTS}
+    found = {attack: values for attack, values in found.items() if values}
+    best = max(found, key=lambda attack: np.mean(list(found[attack].values())), default=None)
+    return best, found.get(best, {})
+
+
+def best_arms(evidence, task):
+    """The best arm on dense, and on PMP, of full fine-tuning and the adversaries for the record that need no guess.
+
+    The choosing seeds decide. (None, None) where they have not been run.
+    """
+    names = strongest(evidence.scale, evidence.results)
+    twins = {arm: arm.replace("pmp:", "dense:") for arm in names or [] if arm.replace("pmp:", "dense:") in ARMS}
+    if not twins:
+        return None, None
+    return tuple(max(arms, key=lambda arm: choosing_mean(evidence.scale, arm, evidence.results, (task,)))
+                 for arms in (["dense", *twins.values()], ["pmp", *twins]))
+
+
+LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats, nats, nats per squared length
+
+
+def geometry(evidence):
+    """Rows 13 to 17."""
+    mark = partial(marker, planned=evidence.planned("pmp"))
+    row13 = Row("13 the complement curves more (Assumption 1)")
+    more13 = Row("   more than in dense, with the same mask")
+    bends = {}
+    for model in ("pmp", "dense"):
+        for seed, found in evidence.measured("landscape", model).items():
+            for scaling, places in found["curvature"].items():
+                bends.setdefault((model, scaling), {})[seed] = growth(
+                    np.mean(places["complement"]), np.mean(places["ticket"]), LEAST["curvature"])
+    for scaling in SCALINGS:
+        own, dense = (bends.get((model, scaling), {}) for model in ("pmp", "dense"))
+        row13.markers.append(mark(scaling, own.values(), unit="log ratio"))
+        more13.markers.append(mark(scaling, by_seed(own, dense, lambda a, b: a - b), unit="log ratio"))
+
+    row14 = Row("14 an outsider's step raises the loss (eq. 8)")
+    more14 = Row("   more than it does in dense")
+    row15 = Row("15 more than an authorised (Proposition 1)")
+    steps = {(model, arm): changes(evidence, model, arm) for model in ("pmp", "dense")
+             for arm in ("outsider", "authorised")}
+    for i, size in enumerate(SIZES):
+        at = {key: {seed: change[i] for seed, change in found.items()} for key, found in steps.items()}
+        own, dense = at["pmp", "outsider"], at["dense", "outsider"]
+        row14.markers.append(mark(f"step {size:g}", [growth(change, 0, LEAST["step"]) for change in own.values()],
+                                  unit="signed log"))
+        more14.markers.append(mark(f"step {size:g}", by_seed(own, dense, partial(growth, least=LEAST["step"])),
+                                   unit="log ratio"))
+        row15.markers.append(mark(f"step {size:g}", excess(*at.values(), LEAST["step"]), unit="log ratio"))
+
+    row16, row17 = Row("16 gradients do not tell the mask (5.2)"), Row("17 the mask cannot be recovered (5.2)")
+    for label in ("all entries", "within tensors"):
+        found = [result["auc"][label] for result in evidence.measured("gradients", "pmp").values()]
+        row16.markers.append(mark(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
+                                  unit="AUC"))
+    chance = 0.7 / (2 - 0.7)
+    for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
+        _, values = strongest_attack(evidence, model)
+        row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
+                                    planned=evidence.planned(model)))
+    return [row13, more13, row14, more14, row15, row16, row17]
+
+
+def dynamics(evidence):
+    """Rows 10 to 12. All arms have the dense model's rate and epochs, on which speed and forgetting depend."""
+    rows = [Row("10 outsiders are slower"), Row("11 outsiders forget more (after eq. 7)"),
+            Row("12 outsiders forget more than the authorised")]
+    for task in MAIN:
+        reached = [speed(evidence, arm, task, 0.8) for arm in ("pmp, same", "dense")]
+        rises = [evidence.rises(arm, task)
+                 for arm in ("pmp, same", "pmp + mask, same", "dense", "dense in mask, same")]
+        values = (by_seed(*reached, partial(growth, least=0.01)),
+                  by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
+        for row, found in zip(rows, values):
+            row.markers.append(marker(task, found, unit="log ratio", planned=evidence.planned("pmp")))
+    return rows
+
+
+def claims(results):
+    """The rows of the table of verdicts, judged."""
+    evidence = Evidence(results)
+    shares = evidence.shares
+    middle = np.array([0.5, 0.7, 0.9, 1.0]) - 0.775
+    slope = dict(zip(("rho0.5", "pmp", "rho0.9", "dense"), middle / (middle**2).sum()))
+    untied = {"full": "untied-dense", "scratch": "untied scratch", "margin": TENTH}
+    row18 = Row("18 no adversary does better than on dense")
+    for task in MAIN:
+        dense, ours = best_arms(evidence, task)
+        row18.markers += shares({dense: 1, ours: -1}, margin=TENTH, tasks=(task,)) if dense else [
+            Marker(task, margin=100 * TENTH, unit="% of the gain")]
+    return correct([
+        losses(evidence, "1 PMP preserves capability (4.2)", {
+            "tied": ("pmp", "dense"), "untied": ("untied-pmp", "untied-dense"), "GPT-2": ("gpt2-pmp", "gpt2-dense")},
+            EQUAL),
+        losses(evidence, "2 the ticket trains as well as a random mask (4.4)", {
+            "EarlyBird": ("pmp", "random"), "with the mean score": ("mean", "random")}, CLOSE),
+        Row("3 outsiders gain less: full (4.2, 4.4)", shares({"dense": 1, "pmp": -1}, margin=TENTH) + shares(
+            {"untied-dense": 1, "untied-pmp": -1}, **untied, suffix=", untied")),
+        Row("4 outsiders gain less: LoRA (4.2)",
+            shares({"dense lora": 1, "pmp lora": -1}, full="dense lora", margin=TENTH)),
+        Row("5 it is more than lost capability (untied)", shares({"untied-matched": 1, "untied-pmp": -1}, **untied)),
+        Row("6 authorised full beats the outsider's (4.3)", shares({"pmp + mask": 1, "pmp": -1})),
+        Row("7 authorised LoRA beats the outsider's (4.3)", shares({"pmp lora + mask": 1, "pmp lora": -1})),
+        Row("8 a random mask protects less (4.4)", shares({"random": 1, "pmp": -1})),
+        Row("9 a smaller ratio protects more (4.4)", shares(slope)),
+        *dynamics(evidence), *geometry(evidence), row18,
+        Row("19 undertraining alone shows Table 1's pattern", shares({"literal-dense": 1, "literal-pmp": -1})),
+        Row("control: what is held back is seen", shares({"dense": 1, "rescaled": -1}, margin=TENTH)),
+        Row("control: a search undoes some of it", shares({"rescaled, searched": 1, "rescaled": -1})),
+    ])
+
+
+def spell(found):
+    """A marker in words."""
+    if found.verdict == "not run" and math.isnan(found.estimate):
+        return f"{found.label}: not run"
+    return f"{found.label}: {found.estimate:.3g} ±{found.half:.2g} {found.unit}"

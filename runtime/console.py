@@ -123,7 +123,8 @@ def command_line(main):
 
 LABELS = {"tokens_per_s": "tokens/s", "rows_per_s": "rows/s", "val_loss": "val", "grad_norm": "norm",
           "iou_chance": "chance"}
-FORMS = {"loss": ".3f", "lr": ".1e", "grad_norm": ".2f", "iou": ".3f", "iou_chance": ".3f", "val_loss": ".3f"}
+FORMS = {"loss": ".3f", "lr": ".1e", "grad_norm": ".2f", "iou": ".3f", "iou_chance": ".3f", "val_loss": ".3f",
+         "eta": ""}
 
 
 class Progress:
@@ -168,9 +169,13 @@ class Progress:
         if not (self.terminal or last or now - self.printed > 10 or "val_loss" in numbers):
             return
         self.printed = now
-        left = (steps - step) / rate if rate else 0
+        if rate:
+            left = (steps - step) / rate
+            numbers = {"eta": f"{int(left // 60)}:{int(left % 60):02d}"} | numbers
+        else:  # nothing is known of the speed yet
+            del numbers[self.rate]
         text = " | ".join(f"{LABELS.get(key, key)} {value:{FORMS.get(key, ',d')}}" for key, value in numbers.items())
-        line = f"{self.prefix}{stage} {step}/{steps} | eta {int(left // 60)}:{int(left % 60):02d} | {text}"
+        line = f"{self.prefix}{stage} {step}/{steps} | {text}"
         if self.terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             print(f"\r\033[K{line}", end="\n" if last or "val_loss" in numbers else "", flush=True)

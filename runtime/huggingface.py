@@ -172,8 +172,8 @@ def load_folder(folder, families):
     folder = Path(folder)
     with disk_errors(folder):
         if not folder.exists():
-            raise UserError(f"there is no folder {folder}: names are not fetched from a hub, give a folder such as "
-                            "out/release")
+            raise UserError(f"there is no folder {folder}: a run writes its release at its end, and names are not "
+                            "fetched from a hub; give a folder such as out/release")
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise UserError(f"{folder} is a PEFT adapter: merge it into its model first (merge_and_unload)")
         if not (folder / "config.json").exists():

@@ -116,7 +116,7 @@ def top_k(scores, k):
 def tie_shares(scores, threshold, ties):
     """{name: how many of the first `ties` entries at the threshold this rank holds}; {} where scores are not sharded.
 
-    First is meant as on one device: by tensor, then by row, hence by rank.
+    First is meant as on one device: by tensor, then by row, and so by rank.
     """
     if not sharded(next(iter(scores.values()))):
         return {}

@@ -1,0 +1,228 @@
+"""The pictures of the report: each is a function of the results, drawn with matplotlib."""
+
+import numpy as np
+from measures import PLACES, SIZES
+from plan import MAIN
+from runtime.files import UserError, atomic
+
+# one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
+COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "chance": "#888888",
+           "train": "#7fb2d9", "validation": "#1f5f99",
+           "dense": "#222222", "pmp": "#1f5f99", "pmp + mask": "#7fb2d9", "random": "#d98032", "scratch": "#bbbbbb",
+           "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
+           "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
+           "not run": "#dddddd", "unfinished": "#999999"}
+SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_", "unfinished": "_"}
+
+
+def subplots(*args, **kwargs):
+    """matplotlib's, which the pictures alone need."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install matplotlib, then start this again") from None
+    return matplotlib.pyplot.subplots(*args, **kwargs)
+
+
+def save(figure, path, mode=0o644):
+    """Write a matplotlib figure, atomically."""
+    figure.tight_layout()
+    with atomic(path, mode) as file:
+        figure.savefig(file, dpi=120, format="png", metadata={"Software": None})
+    print(f"drawn: {path}")
+
+
+def forest(rows, path):
+    """A row for each claim, a marker for each task or step: the interval in units of itself against the margin."""
+    lines = [(row, marker) for row in rows for marker in row.markers]
+    figure, axis = subplots(figsize=(11, 0.26 * len(lines) + 1.2))
+    for y, (row, marker) in enumerate(lines):
+        first = row.markers[0] is marker
+        if first:
+            axis.text(-1.36, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
+            axis.axhline(-y + 0.5, color="#eeeeee", linewidth=0.8)
+        axis.text(-0.02, -y, marker.label, va="center", ha="right", fontsize=7, transform=place(axis))
+        words = marker.verdict
+        if marker.half == marker.half:
+            scale = max(abs(marker.estimate - marker.margin), marker.half, 1e-12) * (1 if marker.above else -1)
+            x, half = (marker.estimate - marker.margin) / scale, abs(marker.half / scale)
+            colour = COLOURS[marker.verdict]
+            axis.plot([x - half, x + half], [-y, -y], color=colour, linewidth=1.5)
+            axis.plot(x, -y, SIGNS[marker.verdict], color=colour, markersize=5)
+            limit = f"{'above' if marker.above else 'below'} {marker.margin:.3g}"
+            words = f"{marker.verdict}: {marker.estimate:.3g} ±{marker.half:.2g} {marker.unit} ({limit}; n={marker.n})"
+        axis.text(1.02, -y, words, va="center", fontsize=7, color="black" if marker.half == marker.half else "#999999",
+                  transform=place(axis))
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlim=(-2.2, 2.2), ylim=(-len(lines) + 0.4, 0.8), yticks=[], xticks=[0])
+    axis.set_xticklabels(["margin"])
+    axis.set_title("against the claim      |      for the claim", fontsize=9)
+    for side in ("top", "left", "right"):
+        axis.spines[side].set_visible(False)
+    figure.subplots_adjust(left=0.38, right=0.64)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=120, format="png", bbox_inches="tight", metadata={"Software": None})
+    print(f"drawn: {path}")
+
+
+def place(axis):
+    """x in shares of the axis, y in data."""
+    return axis.get_yaxis_transform()
+
+
+def bars(axis, groups, names):
+    """Bars with the standard deviation of their values. groups: {label: [values for each name]}."""
+    width = 0.8 / len(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        axis.bar(np.arange(len(names)) + width * i, [np.mean(v) if len(v) else 0 for v in values], 0.9 * width,
+                 yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label, edgecolor="white",
+                 color=COLOURS[label.replace(" lora", "")], hatch="///" * ("lora" in label),
+                 error_kw={"elinewidth": 0.8})
+    axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names)
+    axis.set_ylabel("accuracy, %")
+
+
+def anatomy(evidence, path):
+    """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows."""
+    figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
+    for axis, task in zip(axes, MAIN):
+        for arm in ("dense", "random", "pmp", "mean", "rho0.9", "rho0.5"):
+            losses, scores = evidence.models(arm), evidence.accuracy(arm, task)
+            points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
+            if len(points):
+                axis.plot(*points.T, "o", markersize=4, color=COLOURS[arm], alpha=0.5)
+                axis.plot(*points.mean(0), "D", markersize=8, color=COLOURS[arm], label=arm)
+        axis.set(xlabel="held-out pre-training loss, nats", ylabel="fine-tuned accuracy, %", title=task)
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def costs(evidence, path):
+    """Accuracy after 1, 2, 4, … updates of fine-tuning: the mean over pre-trainings."""
+    figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
+    styles = {"dense": ("dense", "-"), "random": ("random", "-"), "pmp": ("pmp", "-"),
+              "pmp + mask": ("pmp", "--"), "scratch": ("scratch", "-")}
+    for axis, task in zip(axes, MAIN):
+        for arm, (colour, style) in styles.items():
+            curves = {}
+            for result in evidence.runs(arm, task).values():
+                for step, value in {**result["curve"], result["updates"]: result["accuracy"]}.items():
+                    curves.setdefault(int(step), []).append(value)
+            steps = sorted(curves)
+            if steps:
+                axis.plot(steps, [np.mean(curves[step]) for step in steps], style, color=COLOURS[colour], label=arm)
+        axis.set(xscale="log", xlabel="updates of fine-tuning", ylabel="accuracy, %", title=task)
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def figure2(evidence, path):
+    """Ticket against random mask, released and fine-tuned."""
+    figure, axis = subplots(figsize=(6, 3.2))
+    arms = ("dense", "pmp", "random", "scratch")
+    bars(axis, {arm: [list(evidence.accuracy(arm, task).values()) for task in MAIN] for arm in arms}, MAIN)
+    axis.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def figure3(evidence, path):
+    """Outsiders against the authorised."""
+    figure, axis = subplots(figsize=(7, 3.2))
+    arms = ("dense", "pmp", "pmp + mask", "dense lora", "pmp lora", "pmp lora + mask")
+    bars(axis, {arm: [list(evidence.accuracy(arm, task).values()) for task in MAIN] for arm in arms}, MAIN)
+    axis.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def figure4(evidence, path):
+    """Fine-tuned accuracy against the mask ratio, the learning rate and the epochs."""
+    figure, axes = subplots(len(MAIN), 3, figsize=(10, 5.6), squeeze=False)
+    for line, task in zip(axes, MAIN):
+        ratios = {1.0: "dense", 0.9: "rho0.9", 0.7: "pmp", 0.5: "rho0.5"}
+        found = {rho: list(evidence.accuracy(arm, task).values()) for rho, arm in ratios.items()}
+        found = {rho: values for rho, values in found.items() if values}
+        line[0].errorbar(list(found), [np.mean(values) for values in found.values()],
+                         [np.std(values) for values in found.values()], marker="o", color=COLOURS["pmp"], capsize=2)
+        line[0].set(xlabel="rho", ylabel=f"{task}: accuracy, %")
+        for arm in ("dense", "pmp"):
+            grid = evidence.search(arm, task)
+            for axis, which, label in ((line[1], 0, "rate, times the default"), (line[2], 1, "epochs")):
+                best = {}
+                for pair, values in grid.items():
+                    best[pair[which]] = max(best.get(pair[which], 0.0), values.mean())
+                points = sorted(best.items())
+                axis.plot([x for x, _ in points], [y for _, y in points], "o-", color=COLOURS[arm], label=arm)
+                axis.set(xlabel=label, xscale="log")
+    axes[0, 1].legend(fontsize=7)
+    save(figure, path)
+
+
+def figure5(evidence, path):
+    """The loss beside the weights, along random directions."""
+    figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, model in zip(axes, ("pmp", "dense")):
+        found = evidence.measured("landscape", model).values()
+        for place_ in PLACES:
+            curves = np.array([curve for result in found for curve in result["curves"][place_]])
+            if len(curves):
+                axis.errorbar(next(iter(found))["alphas"], curves.mean(0), curves.std(0), label=place_, capsize=2,
+                              color=COLOURS[place_])
+        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xlabel="alpha")
+    axes[0].set_ylabel("held-out loss, nats")
+    axes[0].legend()
+    save(figure, path)
+
+
+def figure6(evidence, path):
+    """Gradient magnitudes of ticket and complement on held-out text."""
+    from measures import BINS
+    figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for axis, model in zip(axes, ("pmp", "dense")):
+        found = evidence.measured("gradients", model).values()
+        for place_ in ("ticket", "complement"):
+            if found:
+                counts = np.sum([result["histogram"][place_] for result in found], 0)
+                axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=place_, color=COLOURS[place_])
+        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xlabel="log10 |gradient|")
+    axes[0].legend()
+    save(figure, path)
+
+
+def proposition1(evidence, path):
+    """The change of the pre-training loss by one step, with the same eta and with the same length."""
+    figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    styles = {"outsider": ("full", "-"), "authorised": ("ticket", "-"), "complement": ("complement", "-"),
+              "authorised, same length": ("ticket", "--"), "complement, same length": ("complement", "--")}
+    for axis, model in zip(axes, ("pmp", "dense")):
+        found = evidence.measured("one_step", model).values()
+        for arm, (colour, style) in styles.items():
+            if found:
+                change = 1e3 * np.mean([np.mean(result["change"][arm], 0) for result in found], 0)
+                axis.plot(SIZES, change, style, marker="o", color=COLOURS[colour], label=arm)
+        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xscale="log",
+                 xlabel="length of the outsider's step / norm of the weights")
+        axis.set_yscale("symlog", linthresh=0.1)
+    axes[0].set_ylabel("change of the loss, thousandths of a nat")
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+ALL = {"anatomy": anatomy, "costs": costs, "figure2": figure2, "figure3": figure3, "figure4": figure4,
+       "figure5": figure5, "figure6": figure6, "proposition1": proposition1}
+KINDS = {"figure5": "landscape", "figure6": "gradients", "proposition1": "one_step"}
+CAPTIONS = {"anatomy": "Held-out loss against fine-tuned accuracy", "costs": "Accuracy by updates of fine-tuning",
+            "figure2": "Figure 2", "figure3": "Figure 3", "figure4": "Figure 4", "figure5": "Figure 5",
+            "figure6": "Figure 6", "proposition1": "Proposition 1"}
+
+
+def there(evidence, name):
+    """Whether there are results for a picture."""
+    if name in KINDS:
+        return bool(evidence.measured(KINDS[name], "pmp") and evidence.measured(KINDS[name], "dense"))
+    return bool(evidence.runs("dense", MAIN[0]))
+
+
+def link(evidence, name):
+    """A picture's line in a document."""
+    path = f"results/{evidence.results.name}/{name}.png"
+    return f"![{CAPTIONS[name]}]({path})" if there(evidence, name) else f"({CAPTIONS[name]}: not run yet.)"

@@ -1,0 +1,350 @@
+"""What a scale consists of: models, tasks, arms, searches, measurements. PROTOCOL.md in code; nothing here computes.
+
+`jobs(scale, results)` lists every piece of work in order. run.py does what `results` lacks; report.py reads it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, wraps
+from pathlib import Path
+
+import numpy as np
+from attacks import ADVERSARIES, NEEDS_GUESS, RECOVERIES
+
+HERE = Path(__file__).parent
+
+# -----------------------------------------------------------------------------
+# models
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model is pre-trained."""
+
+    flags: dict = field(default_factory=dict)  # of pmp.py, beside the scale's
+    seeds: str = "main"  # which of Scale.seeds
+    share: float | str = 1.0  # of the scale's updates; "matched": as many as give PMP's loss
+    change: str = ""  # of recipe.py: what it does to pmp.py meanwhile
+
+
+DENSE, CHOOSING = {"rho": 1.0}, (100, 101)  # seeds that choose, and judge nothing
+UNTIED, GPT2 = {"preset": "mini-untied"}, {"preset": "mini-gpt2"}
+SHARES = (0.9, 0.75)  # of the updates, of the models that find where "untied-matched" stops
+MODELS = {
+    "dense": Model(DENSE), "pmp": Model(), "random": Model({"mask": "random"}),
+    "literal-dense": Model(DENSE | {"lr": 2e-5}, "literal", 0.15), "literal-pmp": Model({"lr": 2e-5}, "literal", 0.15),
+    "untied-dense": Model(DENSE | UNTIED, "untied"), "untied-pmp": Model(UNTIED, "untied"),
+    "untied-matched": Model(DENSE | UNTIED, "untied", "matched"),
+    "rho0.9": Model({"rho": 0.9}, "side"), "rho0.5": Model({"rho": 0.5}, "side"),
+    "mean": Model({"score": "mean"}, "side"),
+    "gpt2-dense": Model(DENSE | GPT2, "side"), "gpt2-pmp": Model(GPT2, "side"),
+    "stage1": Model({}, "recipe", change="stage1"), "shrunk": Model({}, "recipe", change="shrunk"),
+    "betas": Model(DENSE, "recipe", change="betas"),
+    "old": Model({}, "one", 0.25, change="old"),
+    **{f"untied-dense x{share}": Model(DENSE | UNTIED, "none", share) for share in SHARES},
+}
+CHOOSERS = ("dense", "pmp", "random")
+MATCHERS = ("untied-dense", "untied-pmp", *(f"untied-dense x{share}" for share in SHARES))
+
+# -----------------------------------------------------------------------------
+# tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is fine-tuned on, and how much of it."""
+
+    rows: int  # to train on; of docs blocks
+    judge: int = 1000  # rows to judge by; of a GLUE task all that there are
+    batch: int = 16
+    length: int = 96  # tokens at most
+    like: str = ""  # the task whose rate and epochs it takes
+
+
+TASKS = {
+    "docs": Task(125, 128, batch=4, length=128), "word order": Task(2000),
+    **{name: Task(500, like="word order") for name in ("cola", "sst2", "rte")},
+}
+MAIN, GLUE = ("docs", "word order"), ("cola", "sst2", "rte")
+
+# -----------------------------------------------------------------------------
+# arms: who fine-tunes which model, and how
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and what is done to it."""
+
+    model: str
+    how: str  # of attacks.ADVERSARIES
+    mask: str = ""  # the model whose ticket, of the same seed, is trained alone; "" for none
+    like: str = ""  # the arm whose rate and epochs it takes; "" for a search of its own
+    tasks: tuple = MAIN
+
+
+SEARCHED = {  # arms with a search of their own
+    "scratch": Arm("dense", "scratch"), "dense": Arm("dense", "full"), "pmp": Arm("pmp", "full"),
+    "pmp + mask": Arm("pmp", "full", "pmp"),
+    "random": Arm("random", "full"), "dense lora": Arm("dense", "lora"), "pmp lora": Arm("pmp", "lora"),
+    "pmp lora + mask": Arm("pmp", "lora", "pmp"), "rescaled, searched": Arm("dense", "rescaled"),
+}
+VARIED = {  # arms that take another one's setting
+    "dense base": Arm("dense", "base"), "pmp base": Arm("pmp", "base"),
+    "rescaled": Arm("dense", "rescaled", like="dense"),
+    # everything at the dense model's setting: how fast, and what is forgotten, depends on the rate
+    "pmp, same": Arm("pmp", "full", like="dense"), "pmp + mask, same": Arm("pmp", "full", "pmp", like="dense"),
+    "dense in mask, same": Arm("dense", "full", "pmp", like="dense"),
+    "untied scratch": Arm("untied-dense", "scratch", like="scratch"),
+    **{name: Arm(name, "full", like="pmp")
+       for name in ("literal-pmp", "untied-pmp", "rho0.9", "rho0.5", "mean", "gpt2-pmp", "stage1", "shrunk")},
+    **{name: Arm(name, "full", like="dense")
+       for name in ("literal-dense", "untied-dense", "untied-matched", "gpt2-dense", "betas")},
+    **{f"{name}, GLUE": Arm(SEARCHED[name].model, SEARCHED[name].how, like=name, tasks=GLUE)
+       for name in ("scratch", "dense", "pmp")},
+}
+DETERMINED = [how for how in ADVERSARIES if how not in ("base", "scratch", "full", "lora", "rescaled")]
+OUTSIDERS = {f"pmp: {how}": Arm("pmp", how) for how in DETERMINED}
+OUTSIDERS |= {f"dense: {how}": Arm("dense", how) for how in DETERMINED if how not in NEEDS_GUESS}
+ARMS = SEARCHED | VARIED | OUTSIDERS
+START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  # rates, times glue.py's default
+MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    pmp: dict  # flags of pmp.py that all its models share
+    seeds: dict  # {"main", "side", …: how many pre-trainings for the record}
+    rows: float = 1.0  # what a task's rows are multiplied by
+    epochs: tuple = (2, 4, 8)  # searched
+    further: int = 2  # times that a search goes on beyond its rates
+    strongest: tuple = (7, 3)  # adversaries for the record: without, and with a guess at the mask
+    text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
+    outsiders: tuple = tuple(OUTSIDERS)
+
+
+SCALES = {
+    "quick": Scale({"preset": "mini", "data": "prose", "steps": 20, "warmup": 2, "lr": 3e-3, "eb_steps": 3,
+                    "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
+                   {"main": 2, "untied": 2, "side": 2, "literal": 2, "recipe": 2, "one": 1, "none": 0}, rows=0.02,
+                   epochs=(1,), further=0, strongest=(1, 1), text_blocks=2,
+                   outsiders=("pmp: Lion", "dense: Lion", "pmp: mask from combined")),
+    "laptop": Scale({"preset": "mini", "data": "slimpajama", "steps": 1200, "warmup": 120, "lr": 3e-3, "eb_steps": 50,
+                     "batch_size": 8, "val_every": 300, "val_blocks": 256, "save_every": 300, "compile": "on"},
+                    {"main": 8, "untied": 8, "side": 4, "literal": 10, "recipe": 3, "one": 1, "none": 0}),
+    # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
+    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4},
+                  {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
+                  strongest=(0, 0), outsiders=()),
+    "paper": Scale({"preset": "tinyllama"},
+                   {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
+                   strongest=(0, 0), outsiders=()),
+}
+
+# -----------------------------------------------------------------------------
+# jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work. Its result is found again by `key`, which has a digest of all settings that decide it."""
+
+    kind: str  # "model", "tune", or a measurement: the file of its results
+    what: dict  # the words that tables ask for
+    settings: dict  # everything else that decides the numbers
+    needs: tuple = ()  # the models, (name, seed), that must be there
+
+    @cached_property
+    def key(self):
+        recipe = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return json.dumps(self.what | {"recipe": recipe}, sort_keys=True)
+
+
+def remembered(function):
+    """Keeps what function(scale, …, results) gives until the results change: a report asks thousands of times."""
+    @wraps(function)
+    def wrapper(scale, *args):
+        *names, results = args
+        key = function.__name__, *names
+        if key not in results.memo:
+            results.memo[key] = function(scale, *args)
+        return results.memo[key]
+    return wrapper
+
+
+def model_flags(scale, name, seed, results):
+    """The flags of pmp.py for one model: {name: value}; None while the updates of `matched` are not known."""
+    model = MODELS[name]
+    share = matched_share(scale, results) if model.share == "matched" else model.share
+    if share is None:
+        return None
+    steps = max(1, round(share * scale.pmp.get("steps", 20000)))
+    warmup = round(share * scale.pmp.get("warmup", 2000))
+    shortened = {"steps": steps, "warmup": warmup} if share != 1 else {}
+    return {"rho": 0.7, **scale.pmp, **model.flags, **shortened, "seed": seed, "init_seed": seed}
+
+
+def model_job(scale, name, seed, results):
+    flags = model_flags(scale, name, seed, results)
+    return flags and Job("model", {"model": name, "seed": seed}, flags | {"change": MODELS[name].change})
+
+
+@remembered
+def matched_share(scale, results):
+    """The share of the updates at which an untied dense model has the held-out loss of the untied PMP model.
+
+    The means of the choosing seeds are joined by straight lines.
+    """
+    jobs = {name: [model_job(scale, name, seed, results) for seed in CHOOSING] for name in MATCHERS}
+    losses = {name: [results.get(job) for job in found] for name, found in jobs.items()}
+    if any(None in found for found in losses.values()):
+        return None
+    dense, ours, *fewer = (np.mean([result["text_loss"] for result in found]) for found in losses.values())
+    share = float(np.interp(ours, [dense, *fewer], [1.0, *SHARES]))  # losses rise as shares fall
+    steps = scale.pmp.get("steps", 20000)
+    return max(1, round(share * steps, -1)) / steps
+
+
+def tune_job(scale, arm, seed, task, rate, epochs, on, results):
+    """Fine-tuning of one model by one arm; `on` is "choose" or "judge"."""
+    models = dict.fromkeys(name for name in (ARMS[arm].model, ARMS[arm].mask) if name)
+    flags = {name: model_flags(scale, name, seed, results) for name in models}
+    settings = {"models": flags, "task": asdict(TASKS[task]), "rows": scale.rows, "arm": asdict(ARMS[arm]),
+                "adversary": repr(ADVERSARIES[ARMS[arm].how])}
+    return Job("tune", {"arm": arm, "seed": seed, "task": task, "rate": rate, "epochs": epochs, "on": on}, settings,
+               tuple((name, seed) for name in models))
+
+
+@remembered
+def candidates(scale, arm, task, results):
+    """{(rate, epochs): [jobs of the choosing seeds]} of an arm's search, as far as it is known."""
+    def jobs_of(pairs):
+        return {pair: [tune_job(scale, arm, seed, task, *pair, "choose", results) for seed in CHOOSING]
+                for pair in pairs}
+
+    if arm in OUTSIDERS:  # three rates around the best of full fine-tuning of the same model
+        best = choice(scale, ARMS[arm].model, task, results)
+        return jobs_of([(best[0] * factor, best[1]) for factor in (0.5, 1.0, 2.0)]) if best else {}
+    rates = list(START["scratch" if ARMS[arm].how == "scratch" else "full"])
+    grid = jobs_of([(rate, count) for rate in rates for count in scale.epochs])
+    for _ in range(scale.further):  # beyond the lowest or the highest rate, where that is best
+        best = best_of(grid, results)
+        if not best or best[0] not in (min(rates), max(rates)):
+            break
+        rates += [best[0] * 2, best[0] * 4] if best[0] == max(rates) else [best[0] / 2, best[0] / 4]
+        grid |= jobs_of([(rate, count) for rate in rates[-2:] for count in scale.epochs])
+    best = best_of(grid, results)
+    if scale.further and best and best[1] == max(scale.epochs):  # and once for longer
+        grid |= jobs_of([(best[0] * factor, 2 * best[1]) for factor in (0.5, 1.0, 2.0)])
+    return grid
+
+
+def best_of(grid, results):
+    """The (rate, epochs) with the best mean accuracy over the choosing seeds; None while runs are missing."""
+    found = {pair: [results.get(job) for job in jobs] for pair, jobs in grid.items()}
+    if not found or any(None in runs for runs in found.values()):
+        return None
+    return max(found, key=lambda pair: np.mean([run["accuracy"] for run in found[pair]]))
+
+
+@remembered
+def choice(scale, arm, task, results):
+    """(rate, epochs) of an arm on a task, or None while its search is not done."""
+    if ARMS[arm].how == "base":
+        return 0.0, 0
+    arm, task = ARMS[arm].like or arm, TASKS[task].like or task
+    return best_of(candidates(scale, arm, task, results), results)
+
+
+def judged(scale, arm, task, results, seeds=None):
+    """The jobs of an arm for the record, one a seed; None in the place of those whose setting is not known yet."""
+    seeds = range(scale.seeds[MODELS[ARMS[arm].model].seeds]) if seeds is None else seeds
+    if not (pair := choice(scale, arm, task, results)):
+        return [None for _ in seeds]
+    return [tune_job(scale, arm, seed, task, *pair, "judge", results) for seed in seeds]
+
+
+@remembered
+def strongest(scale, results):
+    """The adversaries of PMP for the record, by their mean over both tasks on the choosing seeds; None if unknown.
+
+    Those that need no guess at the mask are ranked by their mean over PMP and dense.
+    """
+    means = {arm: choosing_mean(scale, arm, results) for arm in scale.outsiders}
+    if None in means.values():
+        return None
+    twins = {arm: arm.replace("pmp:", "dense:") for arm in means if arm.startswith("pmp:")}
+    plain = {arm: means[arm] + means[twin] for arm, twin in twins.items() if twin in means}
+    guessing = {arm: mean for arm, mean in means.items() if ARMS[arm].how in NEEDS_GUESS}
+    found = []
+    for ranked, count in zip((plain, guessing), scale.strongest):
+        found += sorted(ranked, key=lambda arm: -ranked[arm])[:count]
+    return found
+
+
+def choosing_mean(scale, arm, results, tasks=MAIN):
+    """The mean accuracy of an arm on the choosing seeds at its best setting; None while its search is not done."""
+    scores = []
+    for task in tasks:
+        if not (pair := choice(scale, arm, task, results)):
+            return None
+        jobs = candidates(scale, arm, task, results)[pair]
+        scores += [results.get(job)["accuracy"] for job in jobs]
+    return float(np.mean(scores))
+
+
+def measure_job(scale, kind, model, seed, results, **more):
+    """A measurement of one model, always beside the ticket of the PMP model with its seed."""
+    ticket = model if model in ("old", "literal-pmp") else "pmp"
+    others = ["dense"] if more.get("attack") == "release folder" else []
+    names = [model, *others, ticket]  # the ticket's comes last
+    flags = {name: model_flags(scale, name, seed, results) for name in names}
+    return Job(kind, {"model": model, "seed": seed, **more}, {"models": flags}, tuple((name, seed) for name in names))
+
+
+def jobs(scale, results):
+    """Every job of a scale that is known by now, in the protocol's order, and how many must wait for a choice."""
+    def models(names, seeds=None):
+        return [model_job(scale, name, seed, results) for name in names
+                for seed in (range(scale.seeds[MODELS[name].seeds]) if seeds is None else seeds)]
+
+    def search(arms):
+        return [job for arm in arms for task in MAIN
+                for found in candidates(scale, arm, task, results).values() for job in found]
+
+    def record(arms, seeds=None):
+        return [job for arm in arms for task in ARMS[arm].tasks for job in judged(scale, arm, task, results, seeds)]
+
+    def attacks(name, seeds):
+        tried = [attack for attack in RECOVERIES if (name != "old" or "lattice" in attack)
+                 and (name == "pmp" or attack != "release folder")]
+        return [measure_job(scale, "recovery", name, seed, results, attack=attack)
+                for seed in seeds for attack in tried]
+
+    def group(*kinds):
+        return [name for name, model in MODELS.items() if model.seeds in kinds]
+
+    early = [arm for arm in VARIED if MODELS[VARIED[arm].model].seeds == "main"]
+    found = models(CHOOSERS, CHOOSING)
+    for seed in range(scale.seeds["main"]):
+        found += models(group("main"), [seed])
+        found += [measure_job(scale, kind, model, seed, results) for kind in MEASURES for model in MEASURES[kind]]
+        found += attacks("pmp", [seed])
+    found += search(SEARCHED)
+    for seed in range(scale.seeds["main"]):
+        found += record([*SEARCHED, *early], [seed])
+    if scale.seeds["untied"]:
+        found += models(MATCHERS, CHOOSING)
+    for names in (group("literal"), group("untied"), group("side", "recipe", "one")):
+        found += models(names) + record([arm for arm in VARIED if VARIED[arm].model in names])
+    found += attacks("literal-pmp", range(scale.seeds["literal"])) + attacks("old", range(scale.seeds["one"]))
+    found += search(scale.outsiders)
+    best = strongest(scale, results)
+    for arm in best or []:
+        twin = arm.replace("pmp:", "dense:")
+        found += record([arm, twin] if twin in ARMS else [arm])
+    if best is None:
+        found += [None] * (2 * len(MAIN) * scale.seeds["main"] * sum(scale.strongest))
+    return [job for job in found if job], found.count(None)

@@ -1,0 +1,205 @@
+"""Shows what run.py has found so far: the tables of experiments/README.md, and every picture.
+
+    python experiments/report.py --scale laptop            # print the tables, draw the pictures
+    python experiments/report.py --scale laptop --write    # and put both into the documents
+
+It reads results only, and takes seconds.
+"""
+
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # where pmp.py is
+import numpy as np  # noqa: E402
+import pictures  # noqa: E402
+from attacks import REPLAYS, SCORES  # noqa: E402
+from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, choice, jobs, strongest  # noqa: E402
+from store import Results  # noqa: E402
+from verdicts import Evidence, claims, spell  # noqa: E402
+from glue import mean_and_sd  # noqa: E402
+from runtime.console import Parser, command_line, require  # noqa: E402
+from runtime.files import atomic  # noqa: E402
+
+
+def markdown(header, rows):
+    """A table as README has it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values, unit=""):
+    """"68.36 ±0.41" over pre-trainings, or nothing."""
+    values = list(values)
+    return mean_and_sd(values) + unit if values else ""
+
+
+def state(evidence):
+    """How far the plan is done."""
+    found, waiting = jobs(evidence.scale, evidence.results)
+    done = sum(evidence.results.get(job) is not None for job in found)
+    seeds = min((len(evidence.accuracy(arm, task)) for arm in SEARCHED for task in MAIN), default=0)
+    hours = sum(result["seconds"] for result in evidence.results.found.values()) / 3600
+    return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one core. Every arm "
+            f"that has its own search was run on at least {seeds} of {evidence.scale.seeds['main']} pre-trainings.")
+
+
+def verdicts(evidence):
+    """The paper's claims, what was measured, and the verdict."""
+    return markdown(["claim of the paper", "measured (95% interval; pre-trainings)", "verdict"], [
+        [row.claim, "; ".join(f"{spell(one)}{f' ({one.n})' if one.n else ''}" for one in row.markers),
+         f"**{row.verdict}**"] for row in claims(evidence.results)])
+
+
+def models(evidence):
+    """Held-out loss of each kind of model, and the shape of its ticket."""
+    rows = []
+    for name in MODELS:
+        found = list(evidence.models(name).values())
+        if not found:
+            continue
+        ticket = [one["ticket"] for one in found if one["ticket"]]
+        kinds = ""
+        if ticket:
+            shares = {kind: np.mean([one[kind][0] / one[kind][1] for one in ticket]) for kind in ticket[0]}
+            kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
+        frozen = [one["embedding"][2] / one["embedding"][3] for one in ticket if "embedding" in one]
+        rows.append([name, len(found), spread(one["text_loss"] for one in found),
+                     f"{np.mean([one['iou'][-1] for one in found if one['iou']]):.2f}" if any(
+                         one["iou"] for one in found) else "", kinds,
+                     f"{100 * np.mean(frozen):.0f} %" if frozen else ""])
+    return markdown(["model", "pre-trainings", "held-out loss, nats", "last IoU of stage I", "share in the ticket",
+                     "embedding rows wholly frozen"], rows)
+
+
+def table1(evidence):
+    """Base, LoRA and full fine-tuning by outsiders. In brackets: not a point above the commonest class."""
+    rows = []
+    lines = [("from random weights", "scratch", "scratch, GLUE"), ("released, dense", "dense base", ""),
+             ("released, PMP", "pmp base", ""), ("LoRA, dense", "dense lora", ""), ("LoRA, PMP", "pmp lora", ""),
+             ("full, dense", "dense", "dense, GLUE"), ("full, PMP", "pmp", "pmp, GLUE")]
+    for label, arm, glue in lines:
+        cells = []
+        for task in (*MAIN, *GLUE):
+            runs = list(evidence.runs(glue if task in GLUE else arm, task).values()) if task in MAIN or glue else []
+            text = spread(run["accuracy"] for run in runs)
+            flat = runs and runs[0]["majority"] and np.mean([run["accuracy"] for run in runs]) < runs[0]["majority"] + 1
+            cells.append(f"({text})" if flat else text)
+        rows.append([label, *cells])
+    commonest = ["always the commonest class"]
+    for task in (*MAIN, *GLUE):
+        runs = evidence.runs("dense, GLUE" if task in GLUE else "dense", task).values()
+        values = [run["majority"] for run in runs if run["majority"]]
+        commonest.append(f"{np.mean(values):.2f}" if values else "")
+    return markdown(["", *MAIN, *GLUE], [*rows, commonest])
+
+
+def arms(evidence):
+    """Every arm: its setting, accuracy, task loss, the rise of the pre-training loss."""
+    rows = []
+    for arm in ARMS:
+        for task in MAIN if arm not in OUTSIDERS else ():
+            runs = evidence.runs(arm, task)
+            if runs:
+                rate, epochs = choice(evidence.scale, arm, task, evidence.results)
+                rows.append([arm, task, f"{rate:g} x, {epochs}" if epochs else "", len(runs),
+                             spread(run["accuracy"] for run in runs.values()),
+                             spread(run["loss"] for run in runs.values()),
+                             spread(evidence.rises(arm, task).values()) if epochs else ""])
+    return markdown(["arm", "task", "rate, epochs", "pre-trainings", "accuracy, %", "task loss",
+                     "rise of the pre-training loss, nats"], rows)
+
+
+def recovery(evidence):
+    """Guesses at the mask."""
+    rows = []
+    for model in ("pmp", "literal-pmp", "old"):
+        for attack in (*SCORES, *REPLAYS):
+            found = list(evidence.measured("recovery", model, attack=attack).values())
+            if found:
+                rows.append([model, attack, spread(one["auc"] for one in found if "auc" in one),
+                             spread(one["iou"] for one in found), len(found)])
+    table = markdown(["model", "guess", "AUC (chance 0.50)", "IoU (chance 0.54; \"all is ticket\" 0.70)",
+                      "pre-trainings"], rows)
+    folders = evidence.measured("recovery", "pmp", attack="release folder").values()
+    if not folders:
+        return table
+    differ = sum(len(one["differing"]) + (not one["same_files"]) + (not one["same_header"]) for one in folders)
+    return (f"{table}\n\nThe release folders of PMP and of dense training were compared for {len(folders)} seeds, in "
+            f"all but the weights themselves: {differ} differences.")
+
+
+def adversaries(evidence):
+    """The strongest adversaries for the record, on PMP and on dense."""
+    rows = []
+    for arm in strongest(evidence.scale, evidence.results) or []:
+        twin = arm.replace("pmp:", "dense:")
+        cells = []
+        for task in MAIN:
+            cells += [spread(evidence.accuracy(name, task).values()) if name in ARMS else "" for name in (arm, twin)]
+        rows.append([arm.removeprefix("pmp: "), *cells])
+    header = ["adversary"]
+    for task in MAIN:
+        header += [f"{task}: PMP", f"{task}: dense"]
+    return markdown(header, rows) if rows else "Not run yet."
+
+
+def geometry(evidence):
+    """Curvature and gradients, as numbers."""
+    rows = []
+    for model in ("pmp", "dense"):
+        found = list(evidence.measured("landscape", model).values())
+        for scaling in found[0]["curvature"] if found else ():
+            cells = [spread(1e3 * np.mean(one["curvature"][scaling][place]) for one in found)
+                     for place in ("ticket", "complement")]
+            rows.append([model, f"curvature x 1000, random directions, {scaling}", *cells])
+        found = list(evidence.measured("gradients", model).values())
+        if found:
+            cells = [spread((100 * one["zero"][place] for one in found), " %") for place in ("ticket", "complement")]
+            rows.append([model, "gradients that are exactly 0", *cells])
+            for kind in found[0]["auc"]:
+                values = [one["auc"][kind] for one in found if kind in one["auc"]]
+                rows.append([model, f"AUC of the gradient's size, {kind}", spread(values), ""])
+    return markdown(["model", "what", "ticket", "complement"], rows)
+
+
+TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": table1, "arms": arms, "geometry": geometry,
+          "recovery": recovery, "adversaries": adversaries}
+
+
+DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
+
+
+def filled(text, evidence):
+    """A document with each table and picture between its markers, <!-- NAME --> and <!-- /NAME -->."""
+    def table(match):
+        name = match[1]
+        return f"<!-- {name} -->\n{DOCUMENT[name](evidence)}\n<!-- /{name} -->"
+
+    return re.sub(f"<!-- ({'|'.join(DOCUMENT)}) -->.*?<!-- /\\1 -->", table, text, flags=re.DOTALL)
+
+
+def main(argv=None):
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="quick", help="of which scale [quick]")
+    parser.add_argument("--results", default=str(HERE / "results"), help="where run.py has put its results")
+    parser.add_argument("--write", action="store_true", help="put the tables into experiments/README.md")
+    args = parser.parse_args(argv)
+    evidence = Evidence(Results(args.scale, args.results).refresh())
+    require(evidence.results.found, f"there is no result in {evidence.results.folder} yet: run.py makes them")
+    for name, table in TABLES.items():
+        print(f"{name}: {table.__doc__}\n\n{table(evidence)}\n")
+    if args.write:
+        document = HERE / "README.md"
+        text = filled(document.read_text(), evidence)
+        with atomic(document) as file:
+            file.write(text.encode())
+    pictures.forest(claims(evidence.results), evidence.results.folder / "verdicts.png")
+    for name in filter(partial(pictures.there, evidence), pictures.ALL):
+        pictures.ALL[name](evidence, evidence.results.folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    command_line(main)
