@@ -296,7 +296,6 @@ def test_auc_by_hand():
 
 def test_measurements_look_where_they_say(shop, monkeypatch):
     monkeypatch.setattr(measures, "BATCHES", 2)
-    monkeypatch.setattr(measures, "SIZES", [1e-6, 1e-3])
     release = shop.release("pmp", 0)
     result = measures.landscape(shop, release, release.masks)
     curves = np.array([result["curves"][place] for place in measures.PLACES])  # (places, directions, alphas)
@@ -304,9 +303,16 @@ def test_measurements_look_where_they_say(shop, monkeypatch):
     assert np.ptp(curves[:, :, middle]) == 0  # every line goes through the release itself
     assert (curves != curves[:, :, [middle]]).sum() == curves[:, :, 1:].size
     assert set(result["curvature"]) == set(measures.SCALINGS)
-    result = measures.one_step(shop, release, release.masks)
-    whole, ticket, rest = (np.array(result["change"][arm]) for arm in ("outsider", "authorised", "complement"))
-    assert whole[:, 0] == pytest.approx(ticket[:, 0] + rest[:, 0], rel=0.2)  # a small step is nearly linear
+    steps = []
+    monkeypatch.setattr(measures, "loss_beside", lambda model, idx, direction, alphas: steps.append(
+        (direction, alphas)) or [0.0] * len(alphas))
+    assert len(measures.one_step(shop, release, release.masks)["change"]["outsider"]) == 2
+    (whole, eta), (ticket, same), (_, longer), (rest, also), _ = steps[:5]
+    for name, mask in release.masks.items():
+        assert torch.equal(whole[name], ticket[name] + rest[name])
+        assert not ticket[name][~mask].any() and not rest[name][mask].any()
+    assert eta == same == also and eta[0] == 0 > eta[1]  # one eta, and downhill
+    assert longer[2] * measures.length(ticket) == pytest.approx(eta[2] * measures.length(whole))
     found = measures.gradients(shop, release, release.masks)["auc"]
     assert {"all entries", "within tensors", "mlp", "embedding"} <= set(found) and all(
         0 <= value <= 1 for value in found.values())
