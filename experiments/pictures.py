@@ -1,7 +1,7 @@
 """The pictures of the report: each is a function of the results, drawn with matplotlib."""
 
 import numpy as np
-from measures import PLACES, SIZES
+from measures import BINS, PLACES, SIZES
 from plan import MAIN
 from runtime.files import UserError, atomic
 
@@ -12,6 +12,7 @@ COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "cha
            "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
            "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
            "not run": "#dddddd", "unfinished": "#999999"}
+TITLES = {"pmp": "PMP", "dense": "dense, with PMP's mask"}
 SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_", "unfinished": "_"}
 
 
@@ -37,8 +38,7 @@ def forest(rows, path):
     lines = [(row, marker) for row in rows for marker in row.markers]
     figure, axis = subplots(figsize=(11, 0.26 * len(lines) + 1.2))
     for y, (row, marker) in enumerate(lines):
-        first = row.markers[0] is marker
-        if first:
+        if row.markers[0] is marker:
             axis.text(-1.36, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
             axis.axhline(-y + 0.5, color="#eeeeee", linewidth=0.8)
         axis.text(-0.02, -y, marker.label, va="center", ha="right", fontsize=7, transform=place(axis))
@@ -162,12 +162,12 @@ def figure5(evidence, path):
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, model in zip(axes, ("pmp", "dense")):
         found = evidence.measured("landscape", model).values()
-        for place_ in PLACES:
-            curves = np.array([curve for result in found for curve in result["curves"][place_]])
+        for where in PLACES:
+            curves = np.array([curve for result in found for curve in result["curves"][where]])
             if len(curves):
-                axis.errorbar(next(iter(found))["alphas"], curves.mean(0), curves.std(0), label=place_, capsize=2,
-                              color=COLOURS[place_])
-        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xlabel="alpha")
+                axis.errorbar(next(iter(found))["alphas"], curves.mean(0), curves.std(0), label=where, capsize=2,
+                              color=COLOURS[where])
+        axis.set(title=TITLES[model], xlabel="alpha")
     axes[0].set_ylabel("held-out loss, nats")
     axes[0].legend()
     save(figure, path)
@@ -175,15 +175,14 @@ def figure5(evidence, path):
 
 def figure6(evidence, path):
     """Gradient magnitudes of ticket and complement on held-out text."""
-    from measures import BINS
     figure, axes = subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, model in zip(axes, ("pmp", "dense")):
         found = evidence.measured("gradients", model).values()
-        for place_ in ("ticket", "complement"):
+        for where in ("ticket", "complement"):
             if found:
-                counts = np.sum([result["histogram"][place_] for result in found], 0)
-                axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=place_, color=COLOURS[place_])
-        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xlabel="log10 |gradient|")
+                counts = np.sum([result["histogram"][where] for result in found], 0)
+                axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=where, color=COLOURS[where])
+        axis.set(title=TITLES[model], xlabel="log10 |gradient|")
     axes[0].legend()
     save(figure, path)
 
@@ -199,7 +198,7 @@ def proposition1(evidence, path):
             if found:
                 change = 1e3 * np.mean([np.mean(result["change"][arm], 0) for result in found], 0)
                 axis.plot(SIZES, change, style, marker="o", color=COLOURS[colour], label=arm)
-        axis.set(title={"pmp": "PMP", "dense": "dense, with PMP's mask"}[model], xscale="log",
+        axis.set(title=TITLES[model], xscale="log",
                  xlabel="length of the outsider's step / norm of the weights")
         axis.set_yscale("symlog", linthresh=0.1)
     axes[0].set_ylabel("change of the loss, thousandths of a nat")

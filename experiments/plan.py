@@ -125,6 +125,7 @@ class Scale:
     outsiders: tuple = tuple(OUTSIDERS)
 
 
+TWO_PAIRS = {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0}
 SCALES = {
     "quick": Scale({"preset": "mini", "data": "prose", "steps": 20, "warmup": 2, "lr": 3e-3, "eb_steps": 3,
                     "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
@@ -135,12 +136,8 @@ SCALES = {
                      "batch_size": 8, "val_every": 300, "val_blocks": 256, "save_every": 300, "compile": "on"},
                     {"main": 8, "untied": 8, "side": 4, "literal": 10, "recipe": 3, "one": 1, "none": 0}),
     # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
-    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4},
-                  {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
-                  strongest=(0, 0), outsiders=()),
-    "paper": Scale({"preset": "tinyllama"},
-                   {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0},
-                   strongest=(0, 0), outsiders=()),
+    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
+    "paper": Scale({"preset": "tinyllama"}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
 }
 
 # -----------------------------------------------------------------------------

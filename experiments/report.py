@@ -1,7 +1,7 @@
 """Shows what run.py has found so far: the tables of experiments/README.md, and every picture.
 
     python experiments/report.py --scale laptop            # print the tables, draw the pictures
-    python experiments/report.py --scale laptop --write    # and put both into the documents
+    python experiments/report.py --scale laptop --write    # and put the tables into experiments/README.md
 
 It reads results only, and takes seconds.
 """
@@ -167,8 +167,6 @@ def geometry(evidence):
 
 TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": table1, "arms": arms, "geometry": geometry,
           "recovery": recovery, "adversaries": adversaries}
-
-
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

@@ -9,7 +9,6 @@ what there is at any time.
 """
 
 import copy
-import hashlib
 import json
 import shutil
 import sys
@@ -36,7 +35,7 @@ from glue import CACHE, Rows, Settings, default_rate, encode_task, fetch, fit, l
 from glue import TASKS as OFFICIAL  # noqa: E402
 from model import FAMILIES  # noqa: E402
 from runtime.console import Parser, command_line, flag_name  # noqa: E402
-from runtime.files import UserError, lock  # noqa: E402
+from runtime.files import UserError  # noqa: E402
 from runtime.huggingface import load_folder  # noqa: E402
 from runtime.machine import Machine  # noqa: E402
 from runtime.safetensors import fingerprint  # noqa: E402
@@ -102,17 +101,16 @@ class Workshop:
     # ---- models
 
     def pretrain(self, name, seed):
-        """Train a model, or go on with it, where its folder has no release. Returns the seconds that it took."""
+        """Train a model, or go on with it, where its folder has no release."""
         flags, out = model_flags(self.scale, name, seed, self.results), self.work / f"{name}-{seed}"
         flags |= {"data": self.path, "out": out, "device": self.device}
-        began = time.perf_counter()
-        if MODELS[name].change == "shrunk" and not (out / "release" / "model.safetensors").exists():
+        if (out / "release" / "model.safetensors").exists():
+            return
+        if MODELS[name].change == "shrunk":
             shutil.rmtree(out, ignore_errors=True)  # its optimizer cannot go on where it was
-        if not (out / "release" / "model.safetensors").exists():
-            argv = [word for flag, value in flags.items() for word in (flag_name(flag), str(value))]
-            with changed(MODELS[name].change, flags):
-                pmp.main(["--resume", str(out)] if (out / "private" / "run.json").exists() else argv)
-        return time.perf_counter() - began
+        argv = [word for flag, value in flags.items() for word in (flag_name(flag), str(value))]
+        with changed(MODELS[name].change, flags):
+            pmp.main(["--resume", str(out)] if (out / "private" / "run.json").exists() else argv)
 
     def release(self, name, seed):
         """The Release of a model. Trains it again where its folder is gone: theta(0) comes from the seed."""
@@ -296,9 +294,7 @@ def majority(data):
 def do(shop, job):
     """The result of a job, but for its key."""
     if job.kind == "model":
-        name, seed = job.what["model"], job.what["seed"]
-        shop.pretrain(name, seed)
-        release = shop.release(name, seed)
+        release = shop.release(job.what["model"], job.what["seed"])
         lines = [json.loads(line) for line in (release.out / "log.jsonl").read_text().splitlines()]
         (release.out / "private" / "checkpoint.safetensors").unlink(missing_ok=True)  # three quarters of the folder
         ticket = release.masks and ticket_by_kind(dict(release.body.named_parameters()), release.masks)
@@ -318,13 +314,6 @@ def do(shop, job):
 def ready(scale, job, results):
     """Whether the models that a job needs are trained."""
     return all(results.get(model_job(scale, name, seed, results)) for name, seed in job.needs)
-
-
-def claim_path(shop, job):
-    """The file whose lock says that a process is at a job."""
-    folder = shop.work / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / hashlib.sha256(f"{job.kind} {job.key}".encode()).hexdigest()[:16]
 
 
 def time_left(done, left, seconds):
@@ -348,7 +337,7 @@ def work(shop, say):
             time.sleep(5)
             continue
         job = left[0]
-        with lock(claim_path(shop, job)) as ours:
+        with results.claim(job) as ours:
             if not ours or results.refresh().get(job):
                 tried.add((job.kind, job.key))
                 continue

@@ -36,9 +36,17 @@ class Results:
         """The result of a Job, or None."""
         return job and self.found.get((job.kind, job.key))
 
-    def append(self, job, result):
+    def lines(self, job):
+        """The file of a Job's results."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        Lines(self.folder / f"{job.kind}.jsonl").append({"key": json.loads(job.key), **result})
+        return Lines(self.folder / f"{job.kind}.jsonl")
+
+    def claim(self, job):
+        """Claim a Job, as a context manager: True, or False where another process is at it."""
+        return self.lines(job).claim(job.key)
+
+    def append(self, job, result):
+        self.lines(job).append({"key": json.loads(job.key), **result})
         self.found[job.kind, job.key] = {"key": json.loads(job.key), **result}
         self.memo.clear()
 

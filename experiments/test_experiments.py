@@ -30,7 +30,7 @@ import run  # noqa: E402
 import torch  # noqa: E402
 import verdicts  # noqa: E402
 from store import Results  # noqa: E402
-from runtime.files import UserError, lock  # noqa: E402
+from runtime.files import UserError  # noqa: E402
 
 __all__ = ["cache", "corpus", "finished", "flags"]
 
@@ -198,14 +198,12 @@ def few_jobs(scale, results):
 def test_what_another_process_is_at_is_left_to_it(shop, monkeypatch):
     monkeypatch.setattr(run, "jobs", few_jobs)
     first = few_jobs(shop.scale, shop.results)[0][0]
-    claims = shop.work / "claims"
-    claims.mkdir(exist_ok=True)
     said = []
 
     def sleep(seconds):
         raise InterruptedError  # nothing but the claimed job is left
     monkeypatch.setattr(run.time, "sleep", sleep)
-    with lock(run.claim_path(shop, first)) as mine, pytest.raises(InterruptedError):
+    with shop.results.claim(first) as mine, pytest.raises(InterruptedError):
         assert mine
         run.work(shop, said.append)
     assert len(said) == 4 + 2 * 2 + 2 + 1 and not any("model: dense, 0" in text for text in said)

@@ -239,10 +239,9 @@ def losses(evidence, claim, pairs, margin):
 
 def to_reach(curve, updates, final, goal):
     """The number of updates after which an accuracy was reached, interpolated; twice as many as there were if never."""
-    points = sorted({int(step): value for step, value in curve.items()} | {updates: final})
     curve = {int(step): value for step, value in curve.items()} | {updates: final}
     before = None
-    for step in points:
+    for step in sorted(curve):
         if curve[step] >= goal:
             if before is None:
                 return step
@@ -266,12 +265,10 @@ def changes(evidence, model, arm):
 
 
 def strongest_attack(evidence, model):
-    """(name, {seed: IoU}) of the guess of the ticket's size with the best mean IoU."""
-    found = {attack: {seed: result["iou"] for seed, result in evidence.measured(
-        "recovery", model, attack=attack).items()} for attack in SCORES if attack != CONSTANTS}
-    found = {attack: values for attack, values in found.items() if values}
-    best = max(found, key=lambda attack: np.mean(list(found[attack].values())), default=None)
-    return best, found.get(best, {})
+    """{seed: IoU} of the guess of the ticket's size with the best mean IoU."""
+    found = [{seed: result["iou"] for seed, result in evidence.measured("recovery", model, attack=attack).items()}
+             for attack in SCORES if attack != CONSTANTS]
+    return max(filter(None, found), key=lambda values: np.mean(list(values.values())), default={})
 
 
 def best_arms(evidence, task):
@@ -327,7 +324,7 @@ def geometry(evidence):
                                   unit="AUC"))
     chance = 0.7 / (2 - 0.7)
     for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
-        _, values = strongest_attack(evidence, model)
+        values = strongest_attack(evidence, model)
         row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
                                     planned=evidence.planned(model)))
     return [row13, more13, row14, more14, row15, row16, row17]
