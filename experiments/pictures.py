@@ -3,6 +3,7 @@
 import numpy as np
 from measures import BINS, PLACES, SIZES
 from plan import MAIN
+from verdicts import short
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
@@ -13,7 +14,7 @@ COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "cha
            "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
            "not run": "#dddddd", "unfinished": "#999999"}
 TITLES = {"pmp": "PMP", "dense": "dense, with PMP's mask"}
-SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "_", "not run": "_", "unfinished": "_"}
+SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "d", "not run": "d", "unfinished": "d"}
 
 
 def subplots(*args, **kwargs):
@@ -33,33 +34,40 @@ def save(figure, path, mode=0o644):
     print(f"drawn: {path}")
 
 
-def forest(rows, path):
-    """A row for each claim, a marker for each task or step: the interval in units of itself against the margin."""
+def forest(rows, path, far=6):
+    """A row for each claim, a marker for each task or step: how far it is from the margin, in halves of its interval.
+
+    Every bar has the same length, therefore: it is a 95% interval, and clear of the line where it excludes the margin.
+    What is farther than `far` stands at the edge.
+    """
     lines = [(row, marker) for row in rows for marker in row.markers]
-    figure, axis = subplots(figsize=(11, 0.26 * len(lines) + 1.2))
+    figure, axis = subplots(figsize=(11, 0.26 * len(lines) + 1.4))
     for y, (row, marker) in enumerate(lines):
         if row.markers[0] is marker:
-            axis.text(-1.36, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
+            axis.text(-1.5, -y, row.claim, va="center", fontsize=8, fontweight="bold", transform=place(axis))
             axis.axhline(-y + 0.5, color="#eeeeee", linewidth=0.8)
         axis.text(-0.02, -y, marker.label, va="center", ha="right", fontsize=7, transform=place(axis))
         words = marker.verdict
         if marker.half == marker.half:
-            scale = max(abs(marker.estimate - marker.margin), marker.half, 1e-12) * (1 if marker.above else -1)
-            x, half = (marker.estimate - marker.margin) / scale, abs(marker.half / scale)
+            sign = 1 if marker.above else -1
+            x = sign * np.clip((marker.estimate - marker.margin) / max(marker.half, 1e-12), -far, far)
             colour = COLOURS[marker.verdict]
-            axis.plot([x - half, x + half], [-y, -y], color=colour, linewidth=1.5)
+            axis.plot([x - 1, x + 1], [-y, -y], color=colour, linewidth=1.5)
             axis.plot(x, -y, SIGNS[marker.verdict], color=colour, markersize=5)
             limit = f"{'above' if marker.above else 'below'} {marker.margin:.3g}"
-            words = f"{marker.verdict}: {marker.estimate:.3g} ±{marker.half:.2g} {marker.unit} ({limit}; n={marker.n})"
+            words = (f"{marker.verdict}: {short(marker.estimate, 3)} ±{short(marker.half, 2)} {marker.unit} "
+                     f"({limit}; n={marker.n})")
         axis.text(1.02, -y, words, va="center", fontsize=7, color="black" if marker.half == marker.half else "#999999",
                   transform=place(axis))
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlim=(-2.2, 2.2), ylim=(-len(lines) + 0.4, 0.8), yticks=[], xticks=[0])
-    axis.set_xticklabels(["margin"])
-    axis.set_title("against the claim      |      for the claim", fontsize=9)
+    axis.set(xlim=(-far - 1.2, far + 1.2), ylim=(-len(lines) + 0.4, 0.8), yticks=[], xticks=[-far, 0, far])
+    axis.set_xticklabels([f"-{far} or less", "margin", f"{far} or more"], fontsize=7)
+    axis.set_xlabel("distance from the margin / half of the interval", fontsize=7)
+    axis.text(0, 1.2, "against the claim      ", ha="right", fontsize=9)
+    axis.text(0, 1.2, "      for the claim", ha="left", fontsize=9)
     for side in ("top", "left", "right"):
         axis.spines[side].set_visible(False)
-    figure.subplots_adjust(left=0.38, right=0.64)
+    figure.subplots_adjust(left=0.4, right=0.64)
     with atomic(path) as file:
         figure.savefig(file, dpi=120, format="png", bbox_inches="tight", metadata={"Software": None})
     print(f"drawn: {path}")
@@ -70,16 +78,19 @@ def place(axis):
     return axis.get_yaxis_transform()
 
 
-def bars(axis, groups, names):
-    """Bars with the standard deviation of their values. groups: {label: [values for each name]}."""
-    width = 0.8 / len(groups)
-    for i, (label, values) in enumerate(groups.items()):
-        axis.bar(np.arange(len(names)) + width * i, [np.mean(v) if len(v) else 0 for v in values], 0.9 * width,
-                 yerr=[np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label, edgecolor="white",
-                 color=COLOURS[label.replace(" lora", "")], hatch="///" * ("lora" in label),
-                 error_kw={"elinewidth": 0.8})
-    axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names)
-    axis.set_ylabel("accuracy, %")
+def strips(evidence, arms, path):
+    """A panel for each task: the accuracy of each pre-training as a dot, their mean as a diamond, arm beside arm."""
+    figure, axes = subplots(1, len(MAIN), figsize=(10, 3.4))
+    for axis, task in zip(axes, MAIN):
+        for x, arm in enumerate(arms):
+            values = list(evidence.accuracy(arm, task).values())
+            colour = COLOURS[arm.replace(" lora", "")]
+            axis.plot([x] * len(values), values, "o", markersize=4, color=colour, alpha=0.5)
+            if values:
+                axis.plot(x, np.mean(values), "D", markersize=8, color=colour)
+        axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=8)
+        axis.set(title=task, ylabel="fine-tuned accuracy, %", xlim=(-0.5, len(arms) - 0.5))
+    save(figure, path)
 
 
 def anatomy(evidence, path):
@@ -117,21 +128,13 @@ def costs(evidence, path):
 
 
 def figure2(evidence, path):
-    """Ticket against random mask, released and fine-tuned."""
-    figure, axis = subplots(figsize=(6, 3.2))
-    arms = ("dense", "pmp", "random", "scratch")
-    bars(axis, {arm: [list(evidence.accuracy(arm, task).values()) for task in MAIN] for arm in arms}, MAIN)
-    axis.legend(fontsize=7, ncols=2)
-    save(figure, path)
+    """Ticket against random mask."""
+    strips(evidence, ("dense", "pmp", "random", "scratch"), path)
 
 
 def figure3(evidence, path):
     """Outsiders against the authorised."""
-    figure, axis = subplots(figsize=(7, 3.2))
-    arms = ("dense", "pmp", "pmp + mask", "dense lora", "pmp lora", "pmp lora + mask")
-    bars(axis, {arm: [list(evidence.accuracy(arm, task).values()) for task in MAIN] for arm in arms}, MAIN)
-    axis.legend(fontsize=7, ncols=2)
-    save(figure, path)
+    strips(evidence, ("dense", "pmp", "pmp + mask", "dense lora", "pmp lora", "pmp lora + mask"), path)
 
 
 def figure4(evidence, path):
@@ -144,31 +147,35 @@ def figure4(evidence, path):
         line[0].errorbar(list(found), [np.mean(values) for values in found.values()],
                          [np.std(values) for values in found.values()], marker="o", color=COLOURS["pmp"], capsize=2)
         line[0].set(xlabel="rho", ylabel=f"{task}: accuracy, %")
-        for arm in ("dense", "pmp"):
-            grid = evidence.search(arm, task)
-            for axis, which, label in ((line[1], 0, "rate, times the default"), (line[2], 1, "epochs")):
+        for axis, which, label in ((line[1], 0, "rate, times the default"), (line[2], 1, "epochs")):
+            ticks = set()
+            for arm in ("dense", "pmp"):
                 best = {}
-                for pair, values in grid.items():
+                for pair, values in evidence.search(arm, task).items():
                     best[pair[which]] = max(best.get(pair[which], 0.0), values.mean())
                 points = sorted(best.items())
                 axis.plot([x for x, _ in points], [y for _, y in points], "o-", color=COLOURS[arm], label=arm)
-                axis.set(xlabel=label, xscale="log")
+                ticks |= set(best)
+            axis.set(xlabel=label, xscale="log")
+            axis.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
+            axis.minorticks_off()
     axes[0, 1].legend(fontsize=7)
     save(figure, path)
 
 
 def figure5(evidence, path):
-    """The loss beside the weights, along random directions."""
+    """By how much the loss rises beside the weights, along random directions."""
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, model in zip(axes, ("pmp", "dense")):
         found = evidence.measured("landscape", model).values()
         for where in PLACES:
             curves = np.array([curve for result in found for curve in result["curves"][where]])
             if len(curves):
-                axis.errorbar(next(iter(found))["alphas"], curves.mean(0), curves.std(0), label=where, capsize=2,
-                              color=COLOURS[where])
+                alphas = next(iter(found))["alphas"]
+                curves -= curves[:, [alphas.index(0)]]
+                axis.errorbar(alphas, curves.mean(0), curves.std(0), label=where, capsize=2, color=COLOURS[where])
         axis.set(title=TITLES[model], xlabel="alpha")
-    axes[0].set_ylabel("held-out loss, nats")
+    axes[0].set_ylabel("rise of the held-out loss, nats")
     axes[0].legend()
     save(figure, path)
 
@@ -182,14 +189,16 @@ def figure6(evidence, path):
             if found:
                 counts = np.sum([result["histogram"][where] for result in found], 0)
                 axis.stairs(counts / counts.sum(), BINS, fill=True, alpha=0.5, label=where, color=COLOURS[where])
-        axis.set(title=TITLES[model], xlabel="log10 |gradient|")
+        axis.set(title=TITLES[model], xlabel="log10 |gradient|", xlim=(-9, -1))
+    axes[0].set_ylabel("share of the weights")
     axes[0].legend()
     save(figure, path)
 
 
 def proposition1(evidence, path):
-    """The change of the pre-training loss by one step, with the same eta and with the same length."""
-    figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    """What one step does to the pre-training loss, with the same eta and with the same length; and outsider's over
+    authorised one's at the same eta, which Proposition 1 is about."""
+    figure, axes = subplots(1, 3, figsize=(12, 3.6))
     styles = {"outsider": ("full", "-"), "authorised": ("ticket", "-"), "complement": ("complement", "-"),
               "authorised, same length": ("ticket", "--"), "complement, same length": ("complement", "--")}
     for axis, model in zip(axes, ("pmp", "dense")):
@@ -198,11 +207,20 @@ def proposition1(evidence, path):
             if found:
                 change = 1e3 * np.mean([np.mean(result["change"][arm], 0) for result in found], 0)
                 axis.plot(SIZES, change, style, marker="o", color=COLOURS[colour], label=arm)
-        axis.set(title=TITLES[model], xscale="log",
-                 xlabel="length of the outsider's step / norm of the weights")
-        axis.set_yscale("symlog", linthresh=0.1)
-    axes[0].set_ylabel("change of the loss, thousandths of a nat")
-    axes[0].legend(fontsize=7)
+        axis.set(title=TITLES[model], xscale="log", yscale="log", ylim=(0.05, 300))
+        ratios = np.array([np.mean(result["change"]["outsider"], 0) / np.mean(result["change"]["authorised"], 0)
+                           for result in found])
+        for x, values in enumerate(ratios.T):
+            x += -0.1 if model == "pmp" else 0.1
+            axes[2].plot([x] * len(values), values, "o", markersize=4, color=COLOURS[model], alpha=0.4)
+            axes[2].plot(x, values.mean(), "D", markersize=8, color=COLOURS[model], label=None if x > 0.5 else model)
+    for axis in axes[:2]:
+        axis.set_xlabel("length of the outsider's step / norm of the weights", fontsize=8)
+    axes[0].set_ylabel("change of the loss, thousandths of a nat", fontsize=8)
+    axes[0].legend(fontsize=7, handlelength=4)
+    axes[2].set_xticks(range(len(SIZES)), [f"{size:g}" for size in SIZES])
+    axes[2].set(title="outsider / authorised", xlabel="length of the outsider's step")
+    axes[2].legend(fontsize=7)
     save(figure, path)
 
 

@@ -48,9 +48,12 @@ def state(evidence):
 
 def verdicts(evidence):
     """The paper's claims, what was measured, and the verdict."""
-    return markdown(["claim of the paper", "measured (95% interval; pre-trainings)", "verdict"], [
-        [row.claim, "; ".join(f"{spell(one)}{f' ({one.n})' if one.n else ''}" for one in row.markers),
-         f"**{row.verdict}**"] for row in claims(evidence.results)])
+    rows = []
+    for row in claims(evidence.results):
+        limit = f"{'above' if row.markers[0].above else 'below'} {row.markers[0].margin:.3g}"
+        measured = "; ".join(f"{spell(one)}{f' ({one.n})' if one.n else ''}" for one in row.markers)
+        rows.append([row.claim, limit, measured, f"**{row.verdict}**"])
+    return markdown(["claim", "holds if", "measured (95% interval; pre-trainings)", "verdict so far"], rows)
 
 
 def models(evidence):

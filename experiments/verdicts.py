@@ -379,8 +379,13 @@ def claims(results):
     ])
 
 
+def short(value, digits):
+    """0.0197 of 0.01968 for 3 digits; 138 of 138.2 for any: without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
 def spell(found):
     """A marker in words."""
     if found.verdict == "not run" and math.isnan(found.estimate):
         return f"{found.label}: not run"
-    return f"{found.label}: {found.estimate:.3g} ±{found.half:.2g} {found.unit}"
+    return f"{found.label}: {short(found.estimate, 3)} ±{short(found.half, 2)} {found.unit}"
