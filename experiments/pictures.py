@@ -202,19 +202,20 @@ def proposition1(evidence, path):
     styles = {"outsider": ("full", "-"), "authorised": ("ticket", "-"), "complement": ("complement", "-"),
               "authorised, same length": ("ticket", "--"), "complement, same length": ("complement", "--")}
     for axis, model in zip(axes, ("pmp", "dense")):
+        axis.set_yscale("symlog", linthresh=0.1)
         found = evidence.measured("one_step", model).values()
         for arm, (colour, style) in styles.items():
             if found:
                 change = 1e3 * np.mean([np.mean(result["change"][arm], 0) for result in found], 0)
                 axis.plot(SIZES, change, style, marker="o", color=COLOURS[colour], label=arm)
-        axis.set(title=TITLES[model], xscale="log", yscale="log", ylim=(0.05, 300))
+        axis.set(title=TITLES[model], xscale="log")
+        axis.set_yscale("symlog", linthresh=0.1)
         ratios = np.array([np.mean(result["change"]["outsider"], 0) / np.mean(result["change"]["authorised"], 0)
                            for result in found])
         for x, values in enumerate(ratios.T):
             x += -0.1 if model == "pmp" else 0.1
             axes[2].plot([x] * len(values), values, "o", markersize=4, color=COLOURS[model], alpha=0.4)
             axes[2].plot(x, values.mean(), "D", markersize=8, color=COLOURS[model], label=None if x > 0.5 else model)
-    for axis in axes[:2]:
         axis.set_xlabel("length of the outsider's step / norm of the weights", fontsize=8)
     axes[0].set_ylabel("change of the loss, thousandths of a nat", fontsize=8)
     axes[0].legend(fontsize=7, handlelength=4)
