@@ -3,7 +3,6 @@
 import numpy as np
 from measures import BINS, PLACES, SIZES
 from plan import MAIN
-from verdicts import short
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
@@ -34,11 +33,13 @@ def save(figure, path, mode=0o644):
     print(f"drawn: {path}")
 
 
-def forest(rows, path, far=6):
+FAR = 6  # of the forest: what is farther from its margin stands at the edge
+
+
+def forest(rows, path):
     """A row for each claim, a marker for each task or step: how far it is from the margin, in halves of its interval.
 
     Every bar has the same length, therefore: it is a 95% interval, and clear of the line where it excludes the margin.
-    What is farther than `far` stands at the edge.
     """
     lines = [(row, marker) for row in rows for marker in row.markers]
     figure, axis = subplots(figsize=(11, 0.26 * len(lines) + 1.4))
@@ -50,18 +51,16 @@ def forest(rows, path, far=6):
         words = marker.verdict
         if marker.half == marker.half:
             sign = 1 if marker.above else -1
-            x = sign * np.clip((marker.estimate - marker.margin) / max(marker.half, 1e-12), -far, far)
+            x = sign * np.clip((marker.estimate - marker.margin) / max(marker.half, 1e-12), -FAR, FAR)
             colour = COLOURS[marker.verdict]
             axis.plot([x - 1, x + 1], [-y, -y], color=colour, linewidth=1.5)
             axis.plot(x, -y, SIGNS[marker.verdict], color=colour, markersize=5)
-            limit = f"{'above' if marker.above else 'below'} {marker.margin:.3g}"
-            words = (f"{marker.verdict}: {short(marker.estimate, 3)} ±{short(marker.half, 2)} {marker.unit} "
-                     f"({limit}; n={marker.n})")
+            words = f"{marker.verdict}: {marker.interval} ({marker.limit}; n={marker.n})"
         axis.text(1.02, -y, words, va="center", fontsize=7, color="black" if marker.half == marker.half else "#999999",
                   transform=place(axis))
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlim=(-far - 1.2, far + 1.2), ylim=(-len(lines) + 0.4, 0.8), yticks=[], xticks=[-far, 0, far])
-    axis.set_xticklabels([f"-{far} or less", "margin", f"{far} or more"], fontsize=7)
+    axis.set(xlim=(-FAR - 1.2, FAR + 1.2), ylim=(-len(lines) + 0.4, 0.8), yticks=[], xticks=[-FAR, 0, FAR])
+    axis.set_xticklabels([f"-{FAR} or less", "margin", f"{FAR} or more"], fontsize=7)
     axis.set_xlabel("distance from the margin / half of the interval", fontsize=7)
     axis.text(0, 1.2, "against the claim      ", ha="right", fontsize=9)
     axis.text(0, 1.2, "      for the claim", ha="left", fontsize=9)
@@ -78,16 +77,20 @@ def place(axis):
     return axis.get_yaxis_transform()
 
 
+def dots(axis, xs, ys, colour, label=None):
+    """Each pre-training as a dot, their mean as a diamond."""
+    axis.plot(xs, ys, "o", markersize=4, color=colour, alpha=0.5)
+    axis.plot(np.mean(xs), np.mean(ys), "D", markersize=8, color=colour, label=label)
+
+
 def strips(evidence, arms, path):
-    """A panel for each task: the accuracy of each pre-training as a dot, their mean as a diamond, arm beside arm."""
+    """A panel for each task: fine-tuned accuracy, arm beside arm."""
     figure, axes = subplots(1, len(MAIN), figsize=(10, 3.4))
     for axis, task in zip(axes, MAIN):
         for x, arm in enumerate(arms):
             values = list(evidence.accuracy(arm, task).values())
-            colour = COLOURS[arm.replace(" lora", "")]
-            axis.plot([x] * len(values), values, "o", markersize=4, color=colour, alpha=0.5)
             if values:
-                axis.plot(x, np.mean(values), "D", markersize=8, color=colour)
+                dots(axis, [x] * len(values), values, COLOURS[arm.replace(" lora", "")])
         axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=8)
         axis.set(title=task, ylabel="fine-tuned accuracy, %", xlim=(-0.5, len(arms) - 0.5))
     save(figure, path)
@@ -101,8 +104,7 @@ def anatomy(evidence, path):
             losses, scores = evidence.models(arm), evidence.accuracy(arm, task)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
             if len(points):
-                axis.plot(*points.T, "o", markersize=4, color=COLOURS[arm], alpha=0.5)
-                axis.plot(*points.mean(0), "D", markersize=8, color=COLOURS[arm], label=arm)
+                dots(axis, *points.T, COLOURS[arm], arm)
         axis.set(xlabel="held-out pre-training loss, nats", ylabel="fine-tuned accuracy, %", title=task)
     axes[0].legend(fontsize=7)
     save(figure, path)
@@ -209,13 +211,11 @@ def proposition1(evidence, path):
                 change = 1e3 * np.mean([np.mean(result["change"][arm], 0) for result in found], 0)
                 axis.plot(SIZES, change, style, marker="o", color=COLOURS[colour], label=arm)
         axis.set(title=TITLES[model], xscale="log")
-        axis.set_yscale("symlog", linthresh=0.1)
         ratios = np.array([np.mean(result["change"]["outsider"], 0) / np.mean(result["change"]["authorised"], 0)
                            for result in found])
         for x, values in enumerate(ratios.T):
-            x += -0.1 if model == "pmp" else 0.1
-            axes[2].plot([x] * len(values), values, "o", markersize=4, color=COLOURS[model], alpha=0.4)
-            axes[2].plot(x, values.mean(), "D", markersize=8, color=COLOURS[model], label=None if x > 0.5 else model)
+            beside = x + (-0.1 if model == "pmp" else 0.1)
+            dots(axes[2], [beside] * len(values), values, COLOURS[model], None if x else model)
         axis.set_xlabel("length of the outsider's step / norm of the weights", fontsize=8)
     axes[0].set_ylabel("change of the loss, thousandths of a nat", fontsize=8)
     axes[0].legend(fontsize=7, handlelength=4)

@@ -50,9 +50,8 @@ def verdicts(evidence):
     """The paper's claims, what was measured, and the verdict."""
     rows = []
     for row in claims(evidence.results):
-        limit = f"{'above' if row.markers[0].above else 'below'} {row.markers[0].margin:.3g}"
         measured = "; ".join(f"{spell(one)}{f' ({one.n})' if one.n else ''}" for one in row.markers)
-        rows.append([row.claim, limit, measured, f"**{row.verdict}**"])
+        rows.append([row.claim, row.markers[0].limit, measured, f"**{row.verdict}**"])
     return markdown(["claim", "holds if", "measured (95% interval; pre-trainings)", "verdict so far"], rows)
 
 

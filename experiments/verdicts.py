@@ -38,6 +38,11 @@ def quantile(n):
 # markers and rows
 
 
+def short(value, digits):
+    """0.0197 of 0.01968 for 3 digits; 138 of 138.2 for any: without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
 @dataclass
 class Marker:
     """One test: an estimate with its 95% interval against a margin, which it should lie above, or below."""
@@ -52,6 +57,16 @@ class Marker:
     planned: int = 2  # with fewer there is no verdict yet
     unit: str = ""
     verdict: str = "not run"
+
+    @property
+    def limit(self):
+        """Where it holds, in words."""
+        return f"{'above' if self.above else 'below'} {self.margin:.3g}"
+
+    @property
+    def interval(self):
+        """What was measured, in words."""
+        return f"{short(self.estimate, 3)} ±{short(self.half, 2)} {self.unit}"
 
     def judge(self, p):
         """Take the corrected p-value."""
@@ -379,13 +394,8 @@ def claims(results):
     ])
 
 
-def short(value, digits):
-    """0.0197 of 0.01968 for 3 digits; 138 of 138.2 for any: without an exponent."""
-    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
-
-
 def spell(found):
     """A marker in words."""
     if found.verdict == "not run" and math.isnan(found.estimate):
         return f"{found.label}: not run"
-    return f"{found.label}: {short(found.estimate, 3)} ±{short(found.half, 2)} {found.unit}"
+    return f"{found.label}: {found.interval}"
