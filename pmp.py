@@ -75,7 +75,6 @@ class Config:
     Where section 4.1 or appendix A name a number it is the default. A preset may have its own: `tiny` does.
     """
 
-
     rho: float = flag(0.7, "share of all parameters that the ticket keeps, in (0, 1]; 1.0 trains without PMP")
     preset: str = flag("tiny", "model and its defaults", tuple(PRESETS))
     data: str = flag("slimpajama", "prose, slimpajama, or a .txt or .jsonl file, also .gz or .xz")

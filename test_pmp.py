@@ -1491,7 +1491,7 @@ def test_the_readmes_map_names_code_and_tests_that_exist_and_the_files_that_it_s
             assert hasattr(glue, name.removeprefix("glue.")) if name.startswith("glue.") else hasattr(pmp, name), name
         for name in re.findall(r"`(test_\w+)`", test):
             assert f"def {name}(" in tests, name
-    for page in (HERE / "README.md", HERE / "experiments" / "README.md"):
+    for page in (HERE / "README.md", *(HERE / "experiments").glob("*.md")):
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), target
 

@@ -1,4 +1,4 @@
-"""How fast it is, and what the mask costs: every speed in README.md comes from here.
+"""How fast it is, and what the mask costs: every speed in SPEED.md comes from here.
 
     python experiments/bench.py [--preset tiny] [--rounds 15]
 
