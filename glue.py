@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import pack
 from data.layout import LAYOUTS, Layout
 from data.sources import open_source
 from data.standin import standin
@@ -48,7 +49,7 @@ from runtime.safetensors import fingerprint
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-CACHE = Path(__file__).parent / "data" / "cache" / "glue"
+CACHE = pack.CACHE / "glue"
 TRIES = 4  # a download's attempts
 PARTIAL_CONTENT = 206  # HTTP's status of an answer to a range
 LARGEST_SCORE = 5.0  # STS-B's labels are real numbers from 0 to 5
@@ -60,42 +61,42 @@ class Task:
 
     layout: Layout
     labels: tuple  # the official spellings, in the order of their numbers; empty: a score from 0 to 5, a regression
-    rows: dict  # split -> official number of rows; training first, then what is evaluated
+    splits: tuple  # of the files; training first, then what is evaluated
     columns: tuple  # of Table 1, one for each evaluated split
     downloads: dict  # file -> (bytes, sha256)
     gaps: bool = False  # the official files have a few rows with fields missing
 
     @property
     def files(self):
-        return [f"{self.layout.folder}/{split}.tsv" for split in self.rows]
+        return [f"{self.layout.folder}/{split}.tsv" for split in self.splits]
 
 
 BINARY, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {  # in Table 1's order
-    "cola": Task(LAYOUTS["cola"], BINARY, {"train": 8551, "dev": 1043}, ("CoLA",), {
+    "cola": Task(LAYOUTS["cola"], BINARY, ("train", "dev"), ("CoLA",), {
         "CoLA.zip": (376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
     }),
-    "sst2": Task(LAYOUTS["sst2"], BINARY, {"train": 67349, "dev": 872}, ("SST-2",), {
+    "sst2": Task(LAYOUTS["sst2"], BINARY, ("train", "dev"), ("SST-2",), {
         "SST-2.zip": (7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
     }),
-    "mrpc": Task(LAYOUTS["mrpc"], BINARY, {"train": 3668, "dev": 408}, ("MRPC",), {
+    "mrpc": Task(LAYOUTS["mrpc"], BINARY, ("train", "dev"), ("MRPC",), {
         "msr_paraphrase_train.txt": (1047044, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         "mrpc_dev_ids.tsv": (6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
     }),
-    "qqp": Task(LAYOUTS["qqp"], BINARY, {"train": 363846, "dev": 40430}, ("QQP",), {
+    "qqp": Task(LAYOUTS["qqp"], BINARY, ("train", "dev"), ("QQP",), {
         "QQP-clean.zip": (41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
     }, gaps=True),
-    "stsb": Task(LAYOUTS["stsb"], (), {"train": 5749, "dev": 1500}, ("STS-B",), {
+    "stsb": Task(LAYOUTS["stsb"], (), ("train", "dev"), ("STS-B",), {
         "STS-B.zip": (802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
     }),
     "mnli": Task(LAYOUTS["mnli"], ("entailment", "neutral", "contradiction"),
-                 {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832}, ("MNLI-m", "MNLI-mm"), {
+                 ("train", "dev_matched", "dev_mismatched"), ("MNLI-m", "MNLI-mm"), {
         "MNLI.zip": (312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
     }, gaps=True),
-    "qnli": Task(LAYOUTS["qnli"], ENTAILED, {"train": 104743, "dev": 5463}, ("QNLI",), {
+    "qnli": Task(LAYOUTS["qnli"], ENTAILED, ("train", "dev"), ("QNLI",), {
         "QNLIv2.zip": (10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
     }),
-    "rte": Task(LAYOUTS["rte"], ENTAILED, {"train": 2490, "dev": 277}, ("RTE",), {
+    "rte": Task(LAYOUTS["rte"], ENTAILED, ("train", "dev"), ("RTE",), {
         "RTE.zip": (697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
     }),
 }
@@ -210,7 +211,7 @@ def load_task(name, folder):
     not UTF-8, or without rows, and at a row that is malformed or whose label is unknown.
     """
     task = TASKS[name]
-    return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.rows, task.files, strict=True)}
+    return {split: read_tsv(task, Path(folder) / file) for split, file in zip(task.splits, task.files, strict=True)}
 
 
 def read_tsv(task, path):
@@ -645,7 +646,7 @@ class Rows:
     def evaluate(self):
         """{column of Table 1: {metric: percent}}."""
         scores = {}
-        for split, column in zip(list(TASKS[self.name].rows)[1:], TASKS[self.name].columns, strict=True):
+        for split, column in zip(TASKS[self.name].splits[1:], TASKS[self.name].columns, strict=True):
             predictions = predict(self.model, self.data[split], self.settings.batch_size, self.machine)
             scores[column] = score(self.name, predictions, [label for _, label in self.data[split]])
         return scores
@@ -689,13 +690,14 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
     make_optimizer(params, masks, weight_decay, betas) gives an object with MaskedAdamW's step().
     """
     outputs = len(TASKS[name].labels) or 1
-    model, params, masks = prepare_model(body, method, outputs, masks, seed, settings)
+    label = f"{name} {method}{' + mask' * bool(masks)} seed {seed}"
+    model, params, masks = prepare_model(body, method, outputs, masks, seed, settings)  # LoRA keeps the mask itself
     model.to(machine.device)
     optimizer = make_optimizer(params, masks, settings.weight_decay, (0.9, 0.999)) if method != "base" else None
     history, updates, diverged = fit(
         Rows(model, name, data, seed, settings, machine), optimizer,
         settings.lr or default_rate(method, model.head.size(1)), settings, machine,
-        progress and partial(progress.step, f"{name} {method}{' + mask' * bool(masks)} seed {seed}"))
+        progress and partial(progress.step, label))
     scores = {}
     for column in TASKS[name].columns:
         epochs = [scored[column] for scored in history]
@@ -764,23 +766,23 @@ def sweep(release, runs, results, glue_dir, data_name, settings, machine, compil
               "settings": asdict(settings) | {"dtype": machine.dtype}}
     for file in {file for name, _, _ in runs for file in TASKS[name].files}:
         check_file(Path(glue_dir) / file)
-    at_work = 0
+    wanted = [{"task": name, "model": str(release.folder), "method": method, "seed": seed, **common}
+              for name, method, seed in runs]
     encoded = {}
-    for number, (name, method, seed) in enumerate(runs, 1):
-        wanted = {"task": name, "model": str(release.folder), "method": method, "seed": seed, **common}
-        with results.claim(identity(wanted)) as mine:
-            if identity(wanted) in map(identity, results.read()):
+    for number, run in enumerate(wanted, 1):
+        with results.claim(identity(run)) as mine:
+            if not mine or identity(run) in map(identity, results.read()):
                 continue
-            if not mine:
-                at_work += 1
-                continue
-            if name not in encoded:
-                encoded = {name: encode_task(name, glue_dir, release.tokenizer, settings.max_length)}
-            run_one(release, wanted, encoded[name], results, settings, machine, compile, f"{number}/{len(runs)} ")
+            if run["task"] not in encoded:
+                encoded = {run["task"]: encode_task(run["task"], glue_dir, release.tokenizer, settings.max_length)}
+            run_one(release, run, encoded[run["task"]], results, settings, machine, compile,
+                    f"{number}/{len(runs)} ")
     wait_for_ranks()
-    if at_work:
+    found = results.read()
+    done = set(map(identity, found))
+    if at_work := sum(identity(run) not in done for run in wanted):
         print(f"another process was at work on {at_work} of the runs: start this again to see them")
-    return [result for result in results.read()
+    return [result for result in found
             if all(result.get(key) == common[key] for key in ("weights", "data", "settings"))]
 
 

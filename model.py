@@ -384,7 +384,7 @@ def secret_generator(secret, purpose):
 RESIDUAL = ("c_proj.weight", "o_proj.weight", "down_proj.weight")  # the layers that write to the residual stream
 MATRICES = ("wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight", "c_attn.weight", "c_fc.weight",
             "q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight", "layernorm.weight")
+NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight")  # and layernorm.weight
 
 
 def initial_value(model, name, shape, secret):
@@ -422,7 +422,7 @@ def initialise(model, secret):
 
 KINDS = {"embedding": ("wte", "wpe", "embed_tokens"), "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",),
          "o": ("attn.c_proj", "o_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj", "gate_proj", "up_proj", "down_proj"),
-         "norm": ("ln_1", "ln_2", "ln_f", "norm", "layernorm"), "head": ("lm_head",)}
+         "norm": ("ln_1", "ln_2", "ln_f", "norm"), "head": ("lm_head",)}
 
 
 def parts_by_kind(name, tensor):
@@ -449,7 +449,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text [0]")
     args = parser.parse_args(argv)
     require(args.tokens >= 1, f"--tokens {args.tokens} is below 1")
-    require(0 < args.temperature < math.inf, f"--temperature {args.temperature} is not a positive number")
+    require(1e-3 <= args.temperature < math.inf, f"--temperature {args.temperature} is below 0.001")
     require(args.top_k >= 1, f"--top-k {args.top_k} is below 1")
     require(0 <= args.seed < 2**63, f"--seed {args.seed} is outside 0 to 2**63 - 1")
     model, tokenizer = load_folder(args.release, FAMILIES), Tokenizer.load(args.release)

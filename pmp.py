@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.pack import prepare
+from data.pack import BUFFER, CACHE, prepare
 from model import KINDS, GPT2Config, LlamaConfig, build, initial_value, initialise, parts_by_kind, secret_generator
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
 from runtime.files import Stopped, UserError, write_json
@@ -96,8 +96,8 @@ class Config:
     val_every: int = flag(500, "updates between validations")
     val_blocks: int = flag(512, "held-out sequences in a validation, at most")
     save_every: int = flag(500, "updates between checkpoints")
-    shuffle_buffer: int = flag(50000, "documents that are shuffled together")
-    cache: str = flag(str(Path(__file__).parent / "data" / "cache"), "folder that keeps prepared text")
+    shuffle_buffer: int = flag(BUFFER, "documents that are shuffled together")
+    cache: str = flag(str(CACHE), "folder that keeps prepared text")
     seed: int = flag(42, "decides the order of the data; theta(0) and a random mask come from a secret")
     init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
@@ -114,7 +114,7 @@ class Config:
 
 
 # flags that say where and how a run computes, not what: --resume takes new ones
-MACHINE = ("device", "compile", "checkpointing", "shard")
+MACHINE = ("cache", "device", "compile", "checkpointing", "shard")
 
 # -----------------------------------------------------------------------------
 # section 2 as a whole
@@ -447,9 +447,10 @@ def identity(config, secret, tokenizer):
 class Run:
     """One run: its settings and secret, its text and model, its folder and machine."""
 
-    def __init__(self, config, secret, folder, stop):
-        """secret: bytes that theta(0) is drawn from; folder: Folder; stop: StopRequest, true when the user asks."""
-        self.config, self.secret, self.folder, self.stop = config, secret, folder, stop
+    def __init__(self, config, secret, folder):
+        """secret: bytes that theta(0) is drawn from; folder: Folder."""
+        self.config, self.secret, self.folder = config, secret, folder
+        self.stop = False  # or a StopRequest, true when the user asks
         self.machine = Machine(config.device, config.dtype)
         from_first(share, config.sequences)  # what cannot be shared fails once, and before anything is prepared
         tokenizer = PRESETS[config.preset].tokenizer
@@ -503,7 +504,7 @@ class Run:
     def facts(self):
         """What the model card says. It must not depend on rho or the mask."""
         config = self.config
-        return [f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {type(self.model).__name__}, "
+        return [f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.model.model_type}, "
                 f"{self.model.max_positions:,} positions",
                 f"byte-level BPE of {self.tokenizer.size:,} tokens",
                 f"trained on {Path(config.data).name}, {config.steps:,} updates of {config.sequences} sequences of "
@@ -581,9 +582,11 @@ def plan(config):
     shape = PRESETS[config.preset].shape
     model = build(shape, device="meta")
     d = sum(p.numel() for p in model.parameters())
-    updates = config.steps + (config.eb_steps if config.rho < 1 and config.mask == "earlybird" else 0)
+    warmed_up = config.rho < 1 and config.mask == "earlybird"
+    updates = config.steps + (config.eb_steps if warmed_up else 0)
     tokens = updates * config.sequences * config.block_size
-    memory = memory_per_rank(model, world() if config.shard else 1, more=int(config.rho < 1))
+    # stage I keeps the scores of its last step while it computes the next gradient
+    memory = memory_per_rank(model, world() if config.shard else 1, mask=int(config.rho < 1), scores=4 * warmed_up)
     print(f"{config.preset}: {d:,} parameters; {updates:,} updates of {config.sequences} x {config.block_size} tokens")
     print(f"tokens: {tokens:,} ({tokens / d:.2f} a parameter)")
     print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")
@@ -639,7 +642,7 @@ def default_text(f):
     return f" [{f.default}]"
 
 
-def new_run(config, folder, stop):
+def new_run(config, folder):
     """Draw the secret of theta(0), and write down what the run is before it begins."""
     folder.check_unused()
     secret = from_first(secrets.token_bytes, 32)
@@ -647,13 +650,13 @@ def new_run(config, folder, stop):
         secret = f"init-seed {config.init_seed}".encode()
         print("note: with --init-seed anyone who guesses the number can redraw the initial weights and read the mask "
               "off the release", flush=True)
-    run = Run(config, secret, folder, stop)
+    run = Run(config, secret, folder)
     folder.write_record({"config": asdict(config), "init_secret": run.secret.hex(),
                          "tokenizer": run.tokenizer.fingerprint})
     return run
 
 
-def resumed_run(machine_flags, folder, stop):
+def resumed_run(machine_flags, folder):
     """The run that a folder holds, with its own settings, checked like those of a new one."""
     record = folder.read_record()
     try:
@@ -668,7 +671,7 @@ def resumed_run(machine_flags, folder, stop):
     except UserError as error:
         raise UserError(f"{folder.record}: {error}") from None
     folder.load(identity(config, secret, tokenizer))  # an edited record shows before any text is prepared for it
-    run = Run(config, secret, folder, stop)
+    run = Run(config, secret, folder)
     if run.tokenizer.fingerprint != tokenizer:
         raise UserError(f"the text or tokenizer of {folder.out} has changed since the run began: put the old one back")
     return run
@@ -681,11 +684,12 @@ def main(argv=None):
         plan(config)
         leave_ranks()
         return
-    with Folder(config.out if out is None else out) as folder, StopRequest() as stop:
-        run = new_run(config, folder, stop) if out is None else resumed_run(config, folder, stop)
-        run.begin()
+    with Folder(config.out if out is None else out) as folder:
+        run = new_run(config, folder) if out is None else resumed_run(config, folder)
         try:
-            pmp(run)
+            with StopRequest() as run.stop:  # from here on Ctrl-C waits for the end of a step
+                run.begin()
+                pmp(run)
         except FloatingPointError as error:
             where = f"after step {run.progress.last} of stage {run.progress.stage}"
             raise Stopped(f"{where if run.progress.stage else 'in the first step'}: {error}; the last good checkpoint "

@@ -1384,6 +1384,22 @@ def test_ctrl_c_saves_and_says_how_to_resume(flags, tmp_path):
     assert f"saved after update {saved}" in text and saved >= 3
 
 
+def test_ctrl_c_before_the_first_step_ends_at_once_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pmp, "prepare", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    bad(*flags, "--out", tmp_path / "out", expect="the same command goes on", capsys=capsys, code=130)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_released_again_elsewhere_keeps_the_card_that_its_owner_wrote(private, finished, tmp_path):
+    out = private.parent
+    (out / "release").mkdir()
+    (out / "release" / "README.md").write_text("Licence: MIT")
+    cache = tmp_path / "another cache"
+    pmp.main(["--resume", str(out), "--cache", str(cache)])
+    assert fingerprint(weights(out)) == fingerprint(weights(finished)) and any(cache.iterdir())
+    assert (out / "release" / "README.md").read_text() == "Licence: MIT"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path, capsys):
     out = tmp_path / "out"
     error = bad(*flags, "--lr", "1e30", "--weight-decay", "0", "--mask", "random", "--save-every", "1", "--out", out,
@@ -1516,13 +1532,13 @@ def test_memory_per_rank_is_what_training_keeps(kind):
     optimizer = pmp.MaskedAdamW(params, masks, 0.1)
     random_gradients(params, 0)
     kept = {"weights": sum(p.nbytes for p in params.values()), "gradients": sum(p.grad.nbytes for p in params.values()),
-            "masks": sum(mask.nbytes for mask in masks.values()), "gathered": 0}
+            "mask": sum(mask.nbytes for mask in masks.values()), "gathered": 0}
     optimizer.step(1e-3)
     kept["moments"] = sum(tensor.nbytes for name, tensor in optimizer.state().items() if ".step." not in name)
-    assert memory_per_rank(model, more=1) == kept and sum(kept.values()) == 17 * d
-    assert memory_per_rank(model)["masks"] == 0
-    halves = memory_per_rank(build(SMALL[kind], "meta"), ranks=2, more=1)
-    for what in ("weights", "gradients", "moments", "masks"):  # 97 rows give one rank a row more
+    assert memory_per_rank(model, mask=1) == kept and sum(kept.values()) == 17 * d
+    assert "mask" not in memory_per_rank(model)
+    halves = memory_per_rank(build(SMALL[kind], "meta"), ranks=2, mask=1)
+    for what in ("weights", "gradients", "moments", "mask"):  # 97 rows give one rank a row more
         assert kept[what] / 2 <= halves[what] < kept[what] / 2 * 1.02
 
 
@@ -1534,7 +1550,8 @@ def torchrun(*flags):
 
 
 def same_run(out, alone, tolerance):
-    """The same mask, the complement at theta(0), weights within the tolerance relative to each tensor's norm."""
+    """The same mask and card, the complement at theta(0), weights within the tolerance relative to each norm."""
+    assert (out / "release" / "README.md").read_bytes() == (alone / "release" / "README.md").read_bytes()
     model, reference = load_folder(out / "release", FAMILIES), weights(alone)
     masks, theirs = ticket(out), ticket(alone)
     assert all(torch.equal(masks[name], theirs[name]) for name in reference)
@@ -1642,11 +1659,11 @@ def test_every_official_layout_is_read_and_no_row_is_lost(tmp_path):
     assert HEADER["stsb"].split("\t").index("score") == 9 and HEADER["qqp"].split("\t").index("is_duplicate") == 5
     assert HEADER["sst2"] == "sentence\tlabel" and HEADER["rte"] == "index\tsentence1\tsentence2\tlabel"
     assert glue.COLUMNS == "CoLA SST-2 MRPC QQP STS-B MNLI-m MNLI-mm QNLI RTE".split()
-    assert all(len(task.columns) == len(task.rows) - 1 for task in glue.TASKS.values())
+    assert all(len(task.columns) == len(task.splits) - 1 for task in glue.TASKS.values())
     for name, (row, expected) in ROW.items():
         write_tsv(tmp_path, name, [row] * 5, end="")  # like CoLA's dev file: no line feed at the end, an open quote
         loaded = glue.load_task(name, tmp_path)
-        assert list(loaded) == list(glue.TASKS[name].rows)
+        assert tuple(loaded) == glue.TASKS[name].splits
         assert all(rows == [expected] * 5 for rows in loaded.values())
     odd = "a\u2028b\u0085c\x0bd\x1ce\rf"  # only a line feed ends a row, and carriage returns go
     write_tsv(tmp_path, "rte", [f"0\t{odd}\tx\tentailment\r", "1\ty\tz\tnot_entailment\r"])
@@ -1925,7 +1942,7 @@ def test_the_stand_in_has_the_official_layout_and_keeps_documents_apart(tmp_path
     write_standin(tmp_path, standin_texts(), train=80, dev=30)
     loaded = {name: glue.load_task(name, tmp_path) for name in glue.TASKS}
     for name, task in glue.TASKS.items():
-        assert list(loaded[name]) == list(task.rows)
+        assert tuple(loaded[name]) == task.splits
         for split, rows in loaded[name].items():
             assert 0.5 * (80 if split == "train" else 30) <= len(rows) == len(set(rows))
             assert len({row[2] for row in rows}) >= max(2, len(task.labels))
@@ -2540,7 +2557,7 @@ BAD_SETTINGS = [
     {"preset": "huge"}, {"mask": ""}, *each("seed", -1, None), *each("cache", "", "a\0b", "\ud800"),
     *each("data", " ", "\0"), {"compile": "yes"}, {"checkpointing": 1}, {"shard": "no"}, {"clip": math.inf}]
 OTHER_SETTINGS = [{"rho": 0.6}, {"steps": 5}, {"lr": 2e-3}, {"seed": 7}, {"data": "/etc/passwd"}, {"preset": "tiny"},
-                  {"cache": "/etc"}, {"score": "snip"}]
+                  {"score": "snip"}]
 
 
 def test_an_edited_run_json_is_refused(private, refused):

@@ -10,7 +10,6 @@ fp32 and eager, as most people start, and with bf16, torch.compile and a fused A
     python experiments/bench.py --data TEXT.jsonl.xz   MB/s of tokenizing and packing a file
 """
 
-import argparse
 import copy
 import json
 import statistics
@@ -33,6 +32,7 @@ from data.sources import open_source  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import build, initialise  # noqa: E402
 from pmp import PRESETS, Config, EarlyBird, MaskedAdamW, random_mask, topk_mask  # noqa: E402
+from runtime.console import Parser, command_line  # noqa: E402
 from runtime.files import Results  # noqa: E402
 from runtime.huggingface import config_to_dict, save_folder  # noqa: E402
 from runtime.machine import Machine  # noqa: E402
@@ -215,7 +215,7 @@ def resident(key):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15, help="timed updates of each kind")
@@ -291,4 +291,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from attacks import ADVERSARIES, NEEDS_GUESS, RECOVERIES
 
+from pmp import Config
+
 HERE = Path(__file__).parent
 
 # -----------------------------------------------------------------------------
@@ -28,6 +30,7 @@ class Model:
     change: str = ""  # of recipe.py: what it does to pmp.py meanwhile
 
 
+RHO = 0.7  # of all PMP models but the ablation's
 DENSE, CHOOSING = {"rho": 1.0}, (100, 101)  # seeds that choose, and judge nothing
 UNTIED, GPT2 = {"preset": "mini-untied"}, {"preset": "mini-gpt2"}
 SHARES = (0.9, 0.75)  # of the updates, of the models that find where "untied-matched" stops
@@ -124,6 +127,11 @@ class Scale:
     text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
     outsiders: tuple = tuple(OUTSIDERS)
 
+    @property
+    def steps(self):
+        """Updates of a whole pre-training."""
+        return self.pmp.get("steps", Config.steps)
+
 
 TWO_PAIRS = {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0}
 SCALES = {
@@ -177,10 +185,10 @@ def model_flags(scale, name, seed, results):
     share = matched_share(scale, results) if model.share == "matched" else model.share
     if share is None:
         return None
-    steps = max(1, round(share * scale.pmp.get("steps", 20000)))
-    warmup = round(share * scale.pmp.get("warmup", 2000))
+    steps = max(1, round(share * scale.steps))
+    warmup = round(share * scale.pmp.get("warmup", Config.warmup))
     shortened = {"steps": steps, "warmup": warmup} if share != 1 else {}
-    return {"rho": 0.7, **scale.pmp, **model.flags, **shortened, "seed": seed, "init_seed": seed}
+    return {"rho": RHO, **scale.pmp, **model.flags, **shortened, "seed": seed, "init_seed": seed}
 
 
 def model_job(scale, name, seed, results):
@@ -200,8 +208,7 @@ def matched_share(scale, results):
         return None
     dense, ours, *fewer = (np.mean([result["text_loss"] for result in found]) for found in losses.values())
     share = float(np.interp(ours, [dense, *fewer], [1.0, *SHARES]))  # losses rise as shares fall
-    steps = scale.pmp.get("steps", 20000)
-    return max(1, round(share * steps, -1)) / steps
+    return max(1, round(share * scale.steps, -1)) / scale.steps
 
 
 def tune_job(scale, arm, seed, task, rate, epochs, on, results):
@@ -343,5 +350,6 @@ def jobs(scale, results):
         twin = arm.replace("pmp:", "dense:")
         found += record([arm, twin] if twin in ARMS else [arm])
     if best is None:
-        found += [None] * (2 * len(MAIN) * scale.seeds["main"] * sum(scale.strongest))
+        plain, guessing = scale.strongest  # on both models, and on PMP alone
+        found += [None] * (len(MAIN) * scale.seeds["main"] * (2 * plain + guessing))
     return [job for job in found if job], found.count(None)

@@ -73,14 +73,14 @@ def draw_runs(outs, path):
     for axis in (left, right):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    save(figure, path)
+    save(figure, path, mode=0o600)  # as the log that it shows
 
 
 def draw_density(out):
-    """The picture of one run's ticket, layer by kind of matrix. Returns its path, or None where there is no mask."""
+    """The picture of one run's ticket, layer by kind of matrix, where its mask is at hand."""
     mask_file, path = Path(out) / "private" / "mask.safetensors", Path(out) / "private" / "density.png"
     if not mask_file.exists():
-        return None
+        return
     model = load_folder(Path(out) / "release", FAMILIES)
     masks = load_mask(mask_file, dict(model.named_parameters()))
     layers = len(model.blocks())
@@ -103,7 +103,6 @@ def draw_density(out):
             axis.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.6 else "black")
     figure.colorbar(image)
     save(figure, path, mode=0o600)
-    return path
 
 
 def main(argv=None):

@@ -141,7 +141,7 @@ class Workshop:
     def public(self, release, index):
         """Batch `index` of public text, (16, T) token ids on the device: behind all that the model was trained on."""
         config = release.record["config"]
-        steps = max(config["steps"], self.scale.pmp.get("steps", 20000))
+        steps = max(config["steps"], self.scale.steps)
         start = steps * config["batch_size"] * config["grad_accum"]
         return self.text(release, 0).read(start + 16 * index, 16, config["block_size"]).to(self.machine.device)
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from attacks import CONSTANTS, SCORES
 from measures import SCALINGS, SIZES
-from plan import (ARMS, CHOOSING, MAIN, MODELS, candidates, choice, choosing_mean, judged, measure_job, model_job,
+from plan import (ARMS, CHOOSING, MAIN, MODELS, RHO, candidates, choice, choosing_mean, judged, measure_job, model_job,
                   strongest)
 
 TENTH, EQUAL, CLOSE, OVERLAP, TELLING = 0.1, 0.05, 0.02, 0.1, 0.6  # margins: see the protocol
@@ -98,7 +98,10 @@ class Row:
 
 
 def marker(label, values, error=None, **more):
-    """A Marker of paired values, one a pre-training; error: of their mean, where the choice adds to it."""
+    """A Marker of paired values, one a pre-training; error: of their mean, where the choice adds to it.
+
+    A value that is not finite is left out. There are fewer than planned then, so there is no verdict.
+    """
     values = np.asarray([value for value in values if value is not None and math.isfinite(value)])
     n = len(values)
     if n < 2:
@@ -164,7 +167,10 @@ class Evidence:
                 for seed, result in self.runs(arm, task).items() if seed in before}
 
     def search(self, arm, task):
-        """{(rate, epochs): accuracies of the choosing seeds}, or {} while it is not done."""
+        """{(rate, epochs): accuracies of the choosing seeds}, or {} while it is not done.
+
+        That of an arm which takes another one's setting is the other's: it has no search of its own.
+        """
         if ARMS[arm].how == "base" or choice(self.scale, arm, task, self.results) is None:
             return {}
         grid = candidates(self.scale, ARMS[arm].like or arm, task, self.results)
@@ -215,10 +221,15 @@ class Evidence:
             one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
                          planned=self.planned(*(ARMS[arm].model for arm in test)))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
-            if not clear:
-                one.verdict, one.p = "tells nothing", math.nan
-            found.append(one)
+            found.append(one if clear else gated(one))
         return found
+
+
+def gated(found):
+    """A marker of a task on which dense models gain nothing for certain. With all runs there it tells nothing."""
+    if found.n >= found.planned:
+        found.verdict, found.p = "tells nothing", math.nan
+    return found
 
 
 def by_seed(first, second, combine):
@@ -337,7 +348,7 @@ def geometry(evidence):
         found = [result["auc"][label] for result in evidence.measured("gradients", "pmp").values()]
         row16.markers.append(mark(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
                                   unit="AUC"))
-    chance = 0.7 / (2 - 0.7)
+    chance = RHO / (2 - RHO)
     for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
         values = strongest_attack(evidence, model)
         row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
@@ -355,8 +366,10 @@ def dynamics(evidence):
                  for arm in ("pmp, same", "pmp + mask, same", "dense", "dense in mask, same")]
         values = (by_seed(*reached, partial(growth, least=0.01)),
                   by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
+        _, clear = evidence.gain(task)
         for row, found in zip(rows, values):
-            row.markers.append(marker(task, found, unit="log ratio", planned=evidence.planned("pmp")))
+            one = marker(task, found, unit="log ratio", planned=evidence.planned("pmp"))
+            row.markers.append(one if clear else gated(one))
     return rows
 
 

@@ -159,8 +159,9 @@ def save_folder(folder, model, title="A language model", facts=()):
         write_json(folder / "config.json", config_to_dict(model.config, model.model_type))
         write_json(folder / "generation_config.json", {**special_tokens(model.config), "do_sample": True,
                                                        "temperature": 0.8, "top_k": 50})
-        with atomic(folder / "README.md") as file:
-            file.write(CARD.format(title=title, facts="\n".join(f"- {fact}" for fact in facts)).encode())
+        if not (folder / "README.md").exists():  # its owner may have filled it in
+            with atomic(folder / "README.md") as file:
+                file.write(CARD.format(title=title, facts="\n".join(f"- {fact}" for fact in facts)).encode())
     save_safetensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
 
 

@@ -187,10 +187,10 @@ def place(build, device, shard):
     return model, f", {world()} ranks hold a share each"
 
 
-def memory_per_rank(model, ranks=1, more=0):
+def memory_per_rank(model, ranks=1, **more):
     """{what: bytes} that each rank keeps to train `model` in fp32 with AdamW.
 
-    model: on any device; on "meta" it takes no memory itself. more: further bytes a parameter; a bool mask takes 1.
+    model: on any device; on "meta" it takes no memory itself. more: what else, in bytes a parameter, as in mask=1.
     With ranks > 1 the tensors are sharded, and "gathered" estimates what FSDP keeps whole for a moment: the weights and
     gradients of the root (embedding and head), and a copy of those gradients or the weights of two blocks and the
     gradients of one. Activations come on top.
@@ -199,5 +199,5 @@ def memory_per_rank(model, ranks=1, more=0):
     block = sum(p.numel() for p in model.blocks()[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.blocks())
     gathered = 4 * (2 * root + max(root, 3 * block)) if ranks > 1 else 0
-    return {"weights": 4 * share, "gradients": 4 * share, "moments": 8 * share, "masks": more * share,
-            "gathered": gathered}
+    kept = {"weights": 4, "gradients": 4, "moments": 8, **more}
+    return {what: size * share for what, size in kept.items()} | {"gathered": gathered}
