@@ -2,7 +2,7 @@
 
 import numpy as np
 from measures import BINS, PLACES, SIZES
-from plan import MAIN
+from plan import EQUAL_RATES, MAIN
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
@@ -165,6 +165,25 @@ def figure4(evidence, path):
     save(figure, path)
 
 
+def rates(evidence, path):
+    """Docs at equal rates: fine-tuned accuracy, and the rise of the pre-training loss."""
+    figure, axes = subplots(1, 2, figsize=(10, 3.6))
+    for arm in ("dense", "pmp", "pmp + mask"):
+        for axis, what in zip(axes, ("accuracy", "rise")):
+            found = {rate: list(evidence.equal(arm, rate, what).values()) for rate in EQUAL_RATES[arm]}
+            found = {rate: values for rate, values in found.items() if values}
+            for rate, values in found.items():
+                dots(axis, [rate] * len(values), values, COLOURS[arm])
+            axis.plot(list(found), [np.mean(values) for values in found.values()], color=COLOURS[arm], label=arm)
+            axis.set(xlabel="rate, times the default", xscale="log")
+            axis.set_xticks(EQUAL_RATES[arm], [f"{rate:g}" for rate in EQUAL_RATES[arm]])
+            axis.minorticks_off()
+    axes[0].set(ylabel="docs: fine-tuned accuracy, %")
+    axes[1].set(ylabel="rise of the pre-training loss, nats")
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
 def figure5(evidence, path):
     """By how much the loss rises beside the weights, along random directions."""
     figure, axes = subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -225,18 +244,20 @@ def proposition1(evidence, path):
     save(figure, path)
 
 
-ALL = {"anatomy": anatomy, "costs": costs, "figure2": figure2, "figure3": figure3, "figure4": figure4,
+ALL = {"anatomy": anatomy, "costs": costs, "figure2": figure2, "figure3": figure3, "figure4": figure4, "rates": rates,
        "figure5": figure5, "figure6": figure6, "proposition1": proposition1}
 KINDS = {"figure5": "landscape", "figure6": "gradients", "proposition1": "one_step"}
 CAPTIONS = {"anatomy": "Held-out loss against fine-tuned accuracy", "costs": "Accuracy by updates of fine-tuning",
-            "figure2": "Figure 2", "figure3": "Figure 3", "figure4": "Figure 4", "figure5": "Figure 5",
-            "figure6": "Figure 6", "proposition1": "Proposition 1"}
+            "figure2": "Figure 2", "figure3": "Figure 3", "figure4": "Figure 4", "rates": "Docs at equal rates",
+            "figure5": "Figure 5", "figure6": "Figure 6", "proposition1": "Proposition 1"}
 
 
 def there(evidence, name):
     """Whether there are results for a picture."""
     if name in KINDS:
         return bool(evidence.measured(KINDS[name], "pmp") and evidence.measured(KINDS[name], "dense"))
+    if name == "rates":
+        return bool(evidence.equal("dense", EQUAL_RATES["dense"][0]))
     return bool(evidence.runs("dense", MAIN[0]))
 
 

@@ -70,6 +70,7 @@ TASKS = {
     **{name: Task(500, like="word order") for name in ("cola", "sst2", "rte")},
 }
 MAIN, GLUE = ("docs", "word order"), ("cola", "sst2", "rte")
+TRIED = ("docs",)  # by adversaries: on word order pre-trainings differ too much to tell these apart
 
 # -----------------------------------------------------------------------------
 # arms: who fine-tunes which model, and how
@@ -100,17 +101,20 @@ VARIED = {  # arms that take another one's setting
     "dense in mask, same": Arm("dense", "full", "pmp", like="dense"),
     "untied scratch": Arm("untied-dense", "scratch", like="scratch"),
     **{name: Arm(name, "full", like="pmp")
-       for name in ("literal-pmp", "untied-pmp", "rho0.9", "rho0.5", "mean", "gpt2-pmp", "stage1", "shrunk")},
-    **{name: Arm(name, "full", like="dense")
-       for name in ("literal-dense", "untied-dense", "untied-matched", "gpt2-dense", "betas")},
+       for name in ("literal-pmp", "untied-pmp", "untied-dense", "untied-matched", "rho0.9", "rho0.5", "mean",
+                    "gpt2-pmp", "gpt2-dense", "stage1", "shrunk")},
+    **{name: Arm(name, "full", like="dense") for name in ("literal-dense", "betas")},
     **{f"{name}, GLUE": Arm(SEARCHED[name].model, SEARCHED[name].how, like=name, tasks=GLUE)
        for name in ("scratch", "dense", "pmp")},
 }
 DETERMINED = [how for how in ADVERSARIES if how not in ("base", "scratch", "full", "lora", "rescaled")]
-OUTSIDERS = {f"pmp: {how}": Arm("pmp", how) for how in DETERMINED}
-OUTSIDERS |= {f"dense: {how}": Arm("dense", how) for how in DETERMINED if how not in NEEDS_GUESS}
+OUTSIDERS = {f"pmp: {how}": Arm("pmp", how, tasks=TRIED) for how in DETERMINED}
+OUTSIDERS |= {f"dense: {how}": Arm("dense", how, tasks=TRIED) for how in DETERMINED if how not in NEEDS_GUESS}
 ARMS = SEARCHED | VARIED | OUTSIDERS
 START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  # rates, times glue.py's default
+# docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
+EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask"), START["full"]),
+               **dict.fromkeys(("literal-dense", "literal-pmp"), (4.0, 16.0))}
 MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
 
 
@@ -126,6 +130,7 @@ class Scale:
     strongest: tuple = (7, 3)  # adversaries for the record: without, and with a guess at the mask
     text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
     outsiders: tuple = tuple(OUTSIDERS)
+    fresh: tuple = ()  # seeds of the pre-trainings that are fine-tuned at equal rates
 
     @property
     def steps(self):
@@ -139,10 +144,11 @@ SCALES = {
                     "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
                    {"main": 2, "untied": 2, "side": 2, "literal": 2, "recipe": 2, "one": 1, "none": 0}, rows=0.02,
                    epochs=(1,), further=0, strongest=(1, 1), text_blocks=2,
-                   outsiders=("pmp: Lion", "dense: Lion", "pmp: mask from combined")),
+                   outsiders=("pmp: Lion", "dense: Lion", "pmp: mask from combined"), fresh=(200,)),
     "laptop": Scale({"preset": "mini", "data": "slimpajama", "steps": 1200, "warmup": 120, "lr": 3e-3, "eb_steps": 50,
                      "batch_size": 8, "val_every": 300, "val_blocks": 256, "save_every": 300, "compile": "on"},
-                    {"main": 8, "untied": 8, "side": 4, "literal": 10, "recipe": 3, "one": 1, "none": 0}),
+                    {"main": 8, "untied": 8, "side": 4, "literal": 10, "recipe": 3, "one": 1, "none": 0},
+                    fresh=tuple(range(200, 208))),
     # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
     "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
     "paper": Scale({"preset": "tinyllama"}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
@@ -272,7 +278,7 @@ def judged(scale, arm, task, results, seeds=None):
 
 @remembered
 def strongest(scale, results):
-    """The adversaries of PMP for the record, by their mean over both tasks on the choosing seeds; None if unknown.
+    """The adversaries of PMP for the record, by their mean on the choosing seeds; None if unknown.
 
     Those that need no guess at the mask are ranked by their mean over PMP and dense.
     """
@@ -288,7 +294,7 @@ def strongest(scale, results):
     return found
 
 
-def choosing_mean(scale, arm, results, tasks=MAIN):
+def choosing_mean(scale, arm, results, tasks=TRIED):
     """The mean accuracy of an arm on the choosing seeds at its best setting; None while its search is not done."""
     scores = []
     for task in tasks:
@@ -297,6 +303,13 @@ def choosing_mean(scale, arm, results, tasks=MAIN):
         jobs = candidates(scale, arm, task, results)[pair]
         scores += [results.get(job)["accuracy"] for job in jobs]
     return float(np.mean(scores))
+
+
+def equal_jobs(scale, arm, rate, results):
+    """The jobs of an arm of EQUAL_RATES at one rate, one for each pre-training."""
+    model = MODELS[ARMS[arm].model]
+    seeds = range(scale.seeds["literal"]) if model.seeds == "literal" else scale.fresh
+    return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results) for seed in seeds]
 
 
 def measure_job(scale, kind, model, seed, results, **more):
@@ -315,7 +328,7 @@ def jobs(scale, results):
                 for seed in (range(scale.seeds[MODELS[name].seeds]) if seeds is None else seeds)]
 
     def search(arms):
-        return [job for arm in arms for task in MAIN
+        return [job for arm in arms for task in ARMS[arm].tasks
                 for found in candidates(scale, arm, task, results).values() for job in found]
 
     def record(arms, seeds=None):
@@ -343,6 +356,13 @@ def jobs(scale, results):
         found += models(MATCHERS, CHOOSING)
     for names in (group("literal"), group("untied"), group("side", "recipe", "one")):
         found += models(names) + record([arm for arm in VARIED if VARIED[arm].model in names])
+    for seed in scale.fresh:
+        found += models(("dense", "pmp"), [seed])
+    equal = []
+    for arm, rates in EQUAL_RATES.items():
+        for rate in rates:
+            equal += equal_jobs(scale, arm, rate, results)
+    found += sorted(equal, key=lambda job: job.what["seed"])  # pair by pair
     found += attacks("literal-pmp", range(scale.seeds["literal"])) + attacks("old", range(scale.seeds["one"]))
     found += search(scale.outsiders)
     best = strongest(scale, results)
@@ -351,5 +371,6 @@ def jobs(scale, results):
         found += record([arm, twin] if twin in ARMS else [arm])
     if best is None:
         plain, guessing = scale.strongest  # on both models, and on PMP alone
-        found += [None] * (len(MAIN) * scale.seeds["main"] * (2 * plain + guessing))
-    return [job for job in found if job], found.count(None)
+        found += [None] * (len(TRIED) * scale.seeds["main"] * (2 * plain + guessing))
+    unique = {(job.kind, job.key): job for job in found if job}  # a chosen rate may be one of the equal ones
+    return list(unique.values()), found.count(None)

@@ -16,9 +16,9 @@ sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
-from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, choice, jobs, strongest  # noqa: E402
+from plan import ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest  # noqa: E402
 from store import Results  # noqa: E402
-from verdicts import Evidence, claims, spell  # noqa: E402
+from verdicts import Evidence, best_for_others, by_seed, claims, marker, spell  # noqa: E402
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -114,6 +114,27 @@ def arms(evidence):
                      "rise of the pre-training loss, nats"], rows)
 
 
+def equal(evidence):
+    """Docs at equal rates: accuracy of each arm, and what a mask and its knowledge change, in points."""
+    lines = []
+    if pair := choice(evidence.scale, "dense", "docs", evidence.results):
+        arms = ("dense", "pmp, same", "pmp + mask, same")
+        lines.append(("main", f"{pair[0]:g} x", [evidence.accuracy(arm, "docs") for arm in arms]))
+    for models, arms in (("new", ("dense", "pmp", "pmp + mask")), ("literal", ("literal-dense", "literal-pmp"))):
+        scores = [{rate: evidence.equal(arm, rate) for rate in EQUAL_RATES[arm]} for arm in arms]
+        lines += [(models, f"{rate:g} x", [found[rate] for found in scores]) for rate in scores[0]]
+        lines.append((models, "its best for the others", [best_for_others(found) for found in scores]))
+    rows = []
+    for models, rate, (dense, ours, *owner) in lines:
+        if dense and ours:
+            apart = [marker("", by_seed(one, ours, lambda a, b: a - b)) for one in (dense, *owner)]
+            none = [""] * (1 - len(owner))
+            rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, *owner)), *none,
+                         *(one.interval if one.n > 1 else "" for one in apart), *none, apart[0].n])
+    return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider",
+                     "authorised - outsider", "pairs"], rows) if rows else "Not run yet."
+
+
 def recovery(evidence):
     """Guesses at the mask."""
     rows = []
@@ -139,11 +160,11 @@ def adversaries(evidence):
     for arm in strongest(evidence.scale, evidence.results) or []:
         twin = arm.replace("pmp:", "dense:")
         cells = []
-        for task in MAIN:
+        for task in TRIED:
             cells += [spread(evidence.accuracy(name, task).values()) if name in ARMS else "" for name in (arm, twin)]
         rows.append([arm.removeprefix("pmp: "), *cells])
     header = ["adversary"]
-    for task in MAIN:
+    for task in TRIED:
         header += [f"{task}: PMP", f"{task}: dense"]
     return markdown(header, rows) if rows else "Not run yet."
 
@@ -167,8 +188,8 @@ def geometry(evidence):
     return markdown(["model", "what", "ticket", "complement"], rows)
 
 
-TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": table1, "arms": arms, "geometry": geometry,
-          "recovery": recovery, "adversaries": adversaries}
+TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": table1, "arms": arms, "equal": equal,
+          "geometry": geometry, "recovery": recovery, "adversaries": adversaries}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

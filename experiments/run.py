@@ -124,7 +124,8 @@ class Workshop:
             found = Release(name, seed, out, body.to(self.machine.device), Tokenizer.load(out / "release"), masks)
             known = self.results.get(model_job(self.scale, name, seed, self.results))
             if known and known["weights"] != found.weights:
-                raise UserError(f"{out} is not the model of the results in {self.results.folder}: name other --results")
+                raise UserError(f"{out} is not the model of the results in {self.results.folder}, which was trained on "
+                                f"{known['hardware']}: name other --results")
             while len(self.releases) >= 4:
                 self.releases.pop(next(iter(self.releases)))
             self.releases[name, seed] = found

@@ -211,8 +211,8 @@ def test_what_another_process_is_at_is_left_to_it(shop, monkeypatch):
 
 def test_results_refuse_other_models_and_models_of_other_text(shop):
     job = plan.model_job(shop.scale, "pmp", 0, shop.results)
-    shop.results.append(job, {"weights": "of another", "data": shop.data})
-    with pytest.raises(UserError, match="not the model of the results"):
+    shop.results.append(job, {"weights": "of another", "data": shop.data, "hardware": "a CPU with bf16"})
+    with pytest.raises(UserError, match="not the model of the results in .*, which was trained on a CPU with bf16:"):
         shop.release("pmp", 0)
     with pytest.raises(UserError, match="were trained on"):
         run.Workshop(shop.scale, shop.results, shop.work, data="other.txt", device="cpu")
@@ -525,7 +525,7 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(path.name))
     evidence = verdicts.Evidence(Made(no_effect))
     tables = {name: table(evidence) for name, table in report.TABLES.items()}
-    assert tables["verdicts"].count("\n| ") == 1 + 23 and "| full, PMP | " in tables["table1"]
+    assert tables["verdicts"].count("\n| ") == 1 + 26 and "| full, PMP | " in tables["table1"]
     assert "| Lion |" in tables["adversaries"] or len(tables["adversaries"].splitlines()) == 2 + 10
     for name, draw in pictures.ALL.items():
         assert pictures.there(evidence, name)
@@ -534,6 +534,23 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
     empty = verdicts.Evidence(Made(no_effect, known=("none",)))  # nothing has been run yet
     assert all(isinstance(table(empty), str) for table in report.DOCUMENT.values())
     assert {row.verdict for row in verdicts.claims(empty.results)} == {"not run"}
+
+
+def test_the_best_rate_for_the_others_is_chosen_without_the_pair_that_it_judges():
+    scores = {1.0: {0: 1.0, 1: 2.0, 2: 9.0}, 2.0: {0: 3.0, 1: 3.0, 2: 3.0}}
+    assert verdicts.best_for_others(scores) == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert verdicts.best_for_others({1.0: {0: 1.0}, 2.0: {0: 3.0, 1: 3.0}}) == {}  # one pair has no others
+
+    def held_back(job):  # by 5 points at every rate; the rate itself matters more
+        result = no_effect(job)
+        if job.kind == "tune" and job.what["arm"] in ("pmp", "literal-pmp") and job.what["on"] == "judge":
+            result["accuracy"] -= 5
+        return result
+    rows = {row.claim: row for row in verdicts.claims(Made(held_back))}
+    assert rows["3 at equal rates"].verdict == "holds" == rows["19 at equal rates"].verdict
+    assert rows["3 at equal rates"].markers[0].estimate == pytest.approx(100 * 5 / 30, abs=3)
+    rows = {row.claim: row for row in verdicts.claims(Made(no_effect))}
+    assert rows["3 at equal rates"].verdict == "does not hold" and rows["6 at equal rates"].verdict == "open"
 
 
 def test_the_tables_in_the_readme_are_what_the_results_say():
