@@ -56,7 +56,7 @@ LAPTOP = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.
 MINI = {"vocab_size": 4096, "max_position_embeddings": 1024, "hidden_size": 192, "intermediate_size": 512,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 PRESETS = {
-    "tiny": Preset(LlamaConfig(  # two minutes on a laptop
+    "tiny": Preset(LlamaConfig(  # a few minutes on a laptop
         vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
     # a third of tiny, for sweeps of many models on a laptop; its head is tied to its embedding
@@ -604,7 +604,7 @@ def plan(config):
 
 
 EXAMPLES = """examples:
-  python pmp.py --rho 0.7                        two minutes on a laptop
+  python pmp.py --rho 0.7                        a few minutes on a laptop
   python pmp.py --rho 1.0 --out out-dense        the same without PMP
   python pmp.py --data my.jsonl.xz --out mine    on your own text
   python pmp.py --preset tinyllama --plan        what the paper's run takes
