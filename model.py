@@ -449,7 +449,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text [0]")
     args = parser.parse_args(argv)
     require(args.tokens >= 1, f"--tokens {args.tokens} is below 1")
-    require(1e-3 <= args.temperature < math.inf, f"--temperature {args.temperature} is below 0.001")
+    require(1e-3 <= args.temperature < math.inf, f"--temperature {args.temperature} is no number from 0.001 on")
     require(args.top_k >= 1, f"--top-k {args.top_k} is below 1")
     require(0 <= args.seed < 2**63, f"--seed {args.seed} is outside 0 to 2**63 - 1")
     model, tokenizer = load_folder(args.release, FAMILIES), Tokenizer.load(args.release)

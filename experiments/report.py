@@ -16,9 +16,9 @@ sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
-from plan import ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest  # noqa: E402
+from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest  # noqa: E402
 from store import Results  # noqa: E402
-from verdicts import Evidence, best_for_others, by_seed, claims, marker, spell  # noqa: E402
+from verdicts import Evidence, accuracies, best_for_others, by_seed, claims, marker, spell  # noqa: E402
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -109,7 +109,7 @@ def arms(evidence):
                 rows.append([arm, task, f"{rate:g} x, {epochs}" if epochs else "", len(runs),
                              spread(run["accuracy"] for run in runs.values()),
                              spread(run["loss"] for run in runs.values()),
-                             spread(evidence.rises(arm, task).values()) if epochs else ""])
+                             spread(evidence.rises(arm, runs).values()) if epochs else ""])
     return markdown(["arm", "task", "rate, epochs", "pre-trainings", "accuracy, %", "task loss",
                      "rise of the pre-training loss, nats"], rows)
 
@@ -119,18 +119,18 @@ def equal(evidence):
     lines = []
     if pair := choice(evidence.scale, "dense", "docs", evidence.results):
         arms = ("dense", "pmp, same", "pmp + mask, same")
-        lines.append(("main", f"{pair[0]:g} x", [evidence.accuracy(arm, "docs") for arm in arms]))
+        lines.append(("main", f"{pair[0]:g} x", [evidence.runs(arm, "docs") for arm in arms]))
     for models, arms in (("new", ("dense", "pmp", "pmp + mask")), ("literal", ("literal-dense", "literal-pmp"))):
-        scores = [{rate: evidence.equal(arm, rate) for rate in EQUAL_RATES[arm]} for arm in arms]
-        lines += [(models, f"{rate:g} x", [found[rate] for found in scores]) for rate in scores[0]]
-        lines.append((models, "its best for the others", [best_for_others(found) for found in scores]))
+        runs = [evidence.equal(arm) for arm in arms]
+        lines += [(models, f"{rate:g} x", [found[rate] for found in runs]) for rate in runs[0]]
+        lines.append((models, "its best for the others", [best_for_others(found) for found in runs]))
     rows = []
-    for models, rate, (dense, ours, *owner) in lines:
+    for models, rate, runs in lines:
+        dense, ours, owner = map(accuracies, (*runs, {})[:3])  # nobody owns a literal model's mask
         if dense and ours:
-            apart = [marker("", by_seed(one, ours, lambda a, b: a - b)) for one in (dense, *owner)]
-            none = [""] * (1 - len(owner))
-            rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, *owner)), *none,
-                         *(one.interval if one.n > 1 else "" for one in apart), *none, apart[0].n])
+            apart = [marker("", by_seed(one, ours)) for one in (dense, owner)]
+            rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, owner)),
+                         *(one.interval if one.n > 1 else "" for one in apart), apart[0].n])
     return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider",
                      "authorised - outsider", "pairs"], rows) if rows else "Not run yet."
 

@@ -537,9 +537,11 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
 
 
 def test_the_best_rate_for_the_others_is_chosen_without_the_pair_that_it_judges():
-    scores = {1.0: {0: 1.0, 1: 2.0, 2: 9.0}, 2.0: {0: 3.0, 1: 3.0, 2: 3.0}}
-    assert verdicts.best_for_others(scores) == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert verdicts.best_for_others({1.0: {0: 1.0}, 2.0: {0: 3.0, 1: 3.0}}) == {}  # one pair has no others
+    def runs(*scores):
+        return {seed: {"accuracy": score} for seed, score in enumerate(scores)}
+    found = verdicts.best_for_others({1.0: runs(1.0, 2.0, 9.0), 2.0: runs(3.0, 3.0, 3.0)})
+    assert verdicts.accuracies(found) == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert verdicts.best_for_others({1.0: runs(1.0), 2.0: runs(3.0, 3.0)}) == {}  # one pair has no others
 
     def held_back(job):  # by 5 points at every rate; the rate itself matters more
         result = no_effect(job)

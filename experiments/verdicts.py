@@ -1,6 +1,7 @@
 """The paper's claims, judged as PROTOCOL.md says: paired differences, intervals, Holm's correction. It only reads."""
 
 import math
+import operator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -145,7 +146,7 @@ class Evidence:
         return {job.what["seed"]: found for job in jobs if (found := self.results.get(job))}
 
     def accuracy(self, arm, task):
-        return {seed: result["accuracy"] for seed, result in self.runs(arm, task).items()}
+        return accuracies(self.runs(arm, task))
 
     def models(self, name):
         """{seed: result} of the pre-trainings for the record."""
@@ -160,23 +161,16 @@ class Evidence:
                  for seed in seeds}
         return {seed: result for seed, result in found.items() if result}
 
-    def rises(self, arm, task):
-        """{seed: nats} by which an arm's fine-tuning raises the loss on pre-training text."""
-        before = self.models(ARMS[arm].model)
-        return {seed: result["text_loss"] - before[seed]["text_loss"]
-                for seed, result in self.runs(arm, task).items() if seed in before}
+    def rises(self, arm, runs):
+        """{seed: nats} by which runs of an arm, {seed: result}, raise the loss on pre-training text."""
+        before = {seed: self.results.get(model_job(self.scale, ARMS[arm].model, seed, self.results)) for seed in runs}
+        return {seed: result["text_loss"] - before[seed]["text_loss"] for seed, result in runs.items() if before[seed]}
 
-    def equal(self, arm, rate, what="accuracy"):
-        """{seed: accuracy} of an arm of EQUAL_RATES at one rate; or "rise": {seed: nats}, of the pre-training loss."""
-        found = {}
-        for job in equal_jobs(self.scale, arm, rate, self.results):
-            seed, result = job.what["seed"], self.results.get(job)
-            if result and what == "rise":
-                before = self.results.get(model_job(self.scale, ARMS[arm].model, seed, self.results))
-                found[seed] = result["text_loss"] - before["text_loss"]
-            elif result:
-                found[seed] = result["accuracy"]
-        return found
+    def equal(self, arm):
+        """{rate: {seed: result}} of an arm of EQUAL_RATES."""
+        jobs = {rate: equal_jobs(self.scale, arm, rate, self.results) for rate in EQUAL_RATES[arm]}
+        return {rate: {job.what["seed"]: result for job in found if (result := self.results.get(job))}
+                for rate, found in jobs.items()}
 
     def search(self, arm, task):
         """{(rate, epochs): accuracies of the choosing seeds}, or {} while it is not done.
@@ -233,18 +227,23 @@ class Evidence:
             one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
                          planned=self.planned(*(ARMS[arm].model for arm in test)))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
-            found.append(one if clear else gated(one))
+            found.append(gated(one, clear))
         return found
 
 
-def gated(found):
-    """A marker of a task on which dense models gain nothing for certain. With all runs there it tells nothing."""
-    if found.n >= found.planned:
+def gated(found, clear):
+    """A marker of a task, which tells nothing where the dense model's gain is not clear once all runs are there."""
+    if not clear and found.n >= found.planned:
         found.verdict, found.p = "tells nothing", math.nan
     return found
 
 
-def by_seed(first, second, combine):
+def accuracies(runs):
+    """{seed: accuracy} of {seed: result}."""
+    return {seed: result["accuracy"] for seed, result in runs.items()}
+
+
+def by_seed(first, second, combine=operator.sub):
     """combine(a, b) of the seeds that both have."""
     return [combine(first[seed], second[seed]) for seed in sorted(first) if seed in second]
 
@@ -254,13 +253,14 @@ def growth(a, b, least):
     return math.asinh(a / least) - math.asinh(b / least)
 
 
-def best_for_others(scores):
-    """{seed: accuracy at the rate that is best for the other seeds}. scores: {rate: {seed: accuracy}}."""
+def best_for_others(runs):
+    """{seed: result at the rate that is best for the other seeds}. runs: {rate: {seed: result}}."""
+    scores = {rate: accuracies(found) for rate, found in runs.items()}
     seeds = set.intersection(*map(set, scores.values()))
     found = {}
     for seed in sorted(seeds) if len(seeds) > 1 else ():
         means = {rate: np.mean([one[other] for other in seeds - {seed}]) for rate, one in scores.items()}
-        found[seed] = scores[max(means, key=means.get)][seed]
+        found[seed] = runs[max(means, key=means.get)][seed]
     return found
 
 
@@ -349,7 +349,7 @@ def geometry(evidence):
     for scaling in SCALINGS:
         own, dense = (bends.get((model, scaling), {}) for model in ("pmp", "dense"))
         row13.markers.append(mark(scaling, own.values(), unit="log ratio"))
-        more13.markers.append(mark(scaling, by_seed(own, dense, lambda a, b: a - b), unit="log ratio"))
+        more13.markers.append(mark(scaling, by_seed(own, dense), unit="log ratio"))
 
     row14 = Row("14 an outsider's step raises the loss (eq. 8)")
     more14 = Row("   more than it does in dense")
@@ -384,14 +384,14 @@ def dynamics(evidence):
             Row("12 outsiders forget more than the authorised")]
     for task in MAIN:
         reached = [speed(evidence, arm, task, 0.8) for arm in ("pmp, same", "dense")]
-        rises = [evidence.rises(arm, task)
+        rises = [evidence.rises(arm, evidence.runs(arm, task))
                  for arm in ("pmp, same", "pmp + mask, same", "dense", "dense in mask, same")]
         values = (by_seed(*reached, partial(growth, least=0.01)),
                   by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
         _, clear = evidence.gain(task)
         for row, found in zip(rows, values):
             one = marker(task, found, unit="log ratio", planned=evidence.planned("pmp"))
-            row.markers.append(one if clear else gated(one))
+            row.markers.append(gated(one, clear))
     return rows
 
 
@@ -401,16 +401,16 @@ def equal_rates(evidence):
     mark = partial(marker, unit="% of the gain")
 
     def apart(one, other):
-        return [100 * value / gain for value in by_seed(one, other, lambda a, b: a - b)]
+        return [100 * value / gain for value in by_seed(accuracies(one), accuracies(other))]
 
-    best = {arm: best_for_others({rate: evidence.equal(arm, rate) for rate in EQUAL_RATES[arm]})
-            for arm in ("dense", "pmp", "pmp + mask")}
+    runs = {arm: evidence.equal(arm) for arm in EQUAL_RATES}
+    best = {arm: best_for_others(runs[arm]) for arm in ("dense", "pmp", "pmp + mask")}
     fresh, literal = len(evidence.scale.fresh), ("literal-dense", "literal-pmp")
     return [
         Row("3 at equal rates", [mark("docs, each arm's best", apart(best["dense"], best["pmp"]), margin=100 * TENTH,
                                       planned=fresh)]),
         Row("6 at equal rates", [mark("docs, each arm's best", apart(best["pmp + mask"], best["pmp"]), planned=fresh)]),
-        Row("19 at equal rates", [mark(f"docs, {rate:g} x", apart(*(evidence.equal(arm, rate) for arm in literal)),
+        Row("19 at equal rates", [mark(f"docs, {rate:g} x", apart(*(runs[arm][rate] for arm in literal)),
                                        planned=evidence.planned(*literal)) for rate in EQUAL_RATES["literal-dense"]]),
     ]
 
