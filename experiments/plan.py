@@ -25,27 +25,30 @@ class Model:
     """How a model is pre-trained."""
 
     flags: dict = field(default_factory=dict)  # of pmp.py, beside the scale's
-    seeds: str = "main"  # which of Scale.seeds
+    groups: tuple = ("main",)  # of Scale.seeds
     share: float | str = 1.0  # of the scale's updates; "matched": as many as give PMP's loss
     change: str = ""  # of recipe.py: what it does to pmp.py meanwhile
 
 
 RHO = 0.7  # of all PMP models but the ablation's
-DENSE, CHOOSING = {"rho": 1.0}, (100, 101)  # seeds that choose, and judge nothing
+DENSE = {"rho": 1.0}
+CHOOSING, TRYING = (100, 101), (208, 209)  # seeds that choose, and judge nothing: settings, and adversaries
 UNTIED, GPT2 = {"preset": "mini-untied"}, {"preset": "mini-gpt2"}
 SHARES = (0.9, 0.75)  # of the updates, of the models that find where "untied-matched" stops
 MODELS = {
-    "dense": Model(DENSE), "pmp": Model(), "random": Model({"mask": "random"}),
-    "literal-dense": Model(DENSE | {"lr": 2e-5}, "literal", 0.15), "literal-pmp": Model({"lr": 2e-5}, "literal", 0.15),
-    "untied-dense": Model(DENSE | UNTIED, "untied"), "untied-pmp": Model(UNTIED, "untied"),
-    "untied-matched": Model(DENSE | UNTIED, "untied", "matched"),
-    "rho0.9": Model({"rho": 0.9}, "side"), "rho0.5": Model({"rho": 0.5}, "side"),
-    "mean": Model({"score": "mean"}, "side"),
-    "gpt2-dense": Model(DENSE | GPT2, "side"), "gpt2-pmp": Model(GPT2, "side"),
-    "stage1": Model({}, "recipe", change="stage1"), "shrunk": Model({}, "recipe", change="shrunk"),
-    "betas": Model(DENSE, "recipe", change="betas"),
-    "old": Model({}, "one", 0.25, change="old"),
-    **{f"untied-dense x{share}": Model(DENSE | UNTIED, "none", share) for share in SHARES},
+    "dense": Model(DENSE, ("main", "fresh")), "pmp": Model({}, ("main", "fresh")),
+    "random": Model({"mask": "random"}, ("main", "side")),  # side: what "mean" is compared with
+    "literal-dense": Model(DENSE | {"lr": 2e-5}, ("literal",), 0.15),
+    "literal-pmp": Model({"lr": 2e-5}, ("literal",), 0.15),
+    "untied-dense": Model(DENSE | UNTIED, ("untied",)), "untied-pmp": Model(UNTIED, ("untied",)),
+    "untied-matched": Model(DENSE | UNTIED, ("untied",), "matched"),
+    "rho0.9": Model({"rho": 0.9}, ("side",)), "rho0.5": Model({"rho": 0.5}, ("side",)),
+    "mean": Model({"score": "mean"}, ("side",)),
+    "gpt2-dense": Model(DENSE | GPT2, ("side",)), "gpt2-pmp": Model(GPT2, ("side",)),
+    "stage1": Model({}, ("recipe",), change="stage1"), "shrunk": Model({}, ("recipe",), change="shrunk"),
+    "betas": Model(DENSE, ("recipe",), change="betas"),
+    "old": Model({}, ("one",), 0.25, change="old"),
+    **{f"untied-dense x{share}": Model(DENSE | UNTIED, (), share) for share in SHARES},
 }
 CHOOSERS = ("dense", "pmp", "random")
 MATCHERS = ("untied-dense", "untied-pmp", *(f"untied-dense x{share}" for share in SHARES))
@@ -70,7 +73,7 @@ TASKS = {
     **{name: Task(500, like="word order") for name in ("cola", "sst2", "rte")},
 }
 MAIN, GLUE = ("docs", "word order"), ("cola", "sst2", "rte")
-TRIED = ("docs",)  # by adversaries: on word order pre-trainings differ too much to tell these apart
+TRIED = ("docs",)  # by adversaries and models of few seeds: on word order pre-trainings differ too much for these
 
 # -----------------------------------------------------------------------------
 # arms: who fine-tunes which model, and how
@@ -100,16 +103,18 @@ VARIED = {  # arms that take another one's setting
     "pmp, same": Arm("pmp", "full", like="dense"), "pmp + mask, same": Arm("pmp", "full", "pmp", like="dense"),
     "dense in mask, same": Arm("dense", "full", "pmp", like="dense"),
     "untied scratch": Arm("untied-dense", "scratch", like="scratch"),
-    **{name: Arm(name, "full", like="pmp")
-       for name in ("literal-pmp", "untied-pmp", "untied-dense", "untied-matched", "rho0.9", "rho0.5", "mean",
-                    "gpt2-pmp", "gpt2-dense", "stage1", "shrunk")},
-    **{name: Arm(name, "full", like="dense") for name in ("literal-dense", "betas")},
+    "literal-dense": Arm("literal-dense", "full", like="dense"),
+    **{name: Arm(name, "full", like="pmp") for name in ("literal-pmp", "untied-pmp", "untied-dense", "untied-matched")},
+    **{name: Arm(name, "full", like="pmp", tasks=TRIED)
+       for name in ("rho0.9", "rho0.5", "mean", "gpt2-pmp", "gpt2-dense", "stage1", "shrunk")},
+    "betas": Arm("betas", "full", like="dense", tasks=TRIED),
     **{f"{name}, GLUE": Arm(SEARCHED[name].model, SEARCHED[name].how, like=name, tasks=GLUE)
        for name in ("scratch", "dense", "pmp")},
 }
 DETERMINED = [how for how in ADVERSARIES if how not in ("base", "scratch", "full", "lora", "rescaled")]
 OUTSIDERS = {f"pmp: {how}": Arm("pmp", how, tasks=TRIED) for how in DETERMINED}
 OUTSIDERS |= {f"dense: {how}": Arm("dense", how, tasks=TRIED) for how in DETERMINED if how not in NEEDS_GUESS}
+LOST = {"arm": "pmp, GLUE", "seed": 4, "task": "rte"}  # not run before its model was lost with the machine that made it
 ARMS = SEARCHED | VARIED | OUTSIDERS
 START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  # rates, times glue.py's default
 # docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
@@ -123,14 +128,13 @@ class Scale:
     """How much of everything."""
 
     pmp: dict  # flags of pmp.py that all its models share
-    seeds: dict  # {"main", "side", …: how many pre-trainings for the record}
+    seeds: dict  # {"main", "side", …: the pre-trainings for the record; "tuned": those that main arms fine-tune}
     rows: float = 1.0  # what a task's rows are multiplied by
     epochs: tuple = (2, 4, 8)  # searched
     further: int = 2  # times that a search goes on beyond its rates
     strongest: tuple = (7, 3)  # adversaries for the record: without, and with a guess at the mask
     text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
     outsiders: tuple = tuple(OUTSIDERS)
-    fresh: tuple = ()  # seeds of the pre-trainings that are fine-tuned at equal rates
 
     @property
     def steps(self):
@@ -138,17 +142,20 @@ class Scale:
         return self.pmp.get("steps", Config.steps)
 
 
-TWO_PAIRS = {"main": 2, "untied": 0, "side": 0, "literal": 0, "recipe": 0, "one": 0, "none": 0}
+TWO_PAIRS = {"main": (0, 1), "tuned": (0, 1)}
 SCALES = {
     "quick": Scale({"preset": "mini", "data": "prose", "steps": 20, "warmup": 2, "lr": 3e-3, "eb_steps": 3,
                     "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
-                   {"main": 2, "untied": 2, "side": 2, "literal": 2, "recipe": 2, "one": 1, "none": 0}, rows=0.02,
-                   epochs=(1,), further=0, strongest=(1, 1), text_blocks=2,
-                   outsiders=("pmp: Lion", "dense: Lion", "pmp: mask from combined"), fresh=(200,)),
+                   {"main": (0, 1), "fresh": (200, 201), "tuned": (0, 1), "untied": (0, 1), "side": (0, 1),
+                    "literal": (0, 1), "recipe": (0, 1), "one": (0,)}, rows=0.02, epochs=(1,), further=0,
+                   strongest=(1, 1), text_blocks=2, outsiders=("pmp: Lion", "dense: Lion", "pmp: mask from combined")),
     "laptop": Scale({"preset": "mini", "data": "slimpajama", "steps": 1200, "warmup": 120, "lr": 3e-3, "eb_steps": 50,
                      "batch_size": 8, "val_every": 300, "val_blocks": 256, "save_every": 300, "compile": "on"},
-                    {"main": 8, "untied": 8, "side": 4, "literal": 10, "recipe": 3, "one": 1, "none": 0},
-                    fresh=tuple(range(200, 208))),
+                    {"main": range(8),
+                     "fresh": range(200, 208),  # made later, on another machine, for equal rates and more geometry
+                     "tuned": (0, 1, 2, 3, 4, 203, 204, 205),  # 5 to 7 were lost; 200 to 202 had been seen
+                     "untied": range(8), "literal": range(10), "one": (0,),
+                     "side": (203, 204, 205, 206), "recipe": (203, 204, 205)}),  # beside PMP of the same machine
     # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
     "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
     "paper": Scale({"preset": "tinyllama"}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
@@ -171,6 +178,19 @@ class Job:
     def key(self):
         recipe = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return json.dumps(self.what | {"recipe": recipe}, sort_keys=True)
+
+
+def seeds_of(scale, model):
+    """The seeds of a model's pre-trainings for the record."""
+    return sorted({seed for group in MODELS[model].groups for seed in scale.seeds.get(group, ())})
+
+
+def tuned_by(scale, arm):
+    """The seeds of the pre-trainings that an arm fine-tunes for the record."""
+    model = ARMS[arm].model
+    if arm in OUTSIDERS:
+        return scale.seeds.get("fresh", ())
+    return scale.seeds["tuned"] if "main" in MODELS[model].groups else seeds_of(scale, model)
 
 
 def remembered(function):
@@ -231,11 +251,11 @@ def tune_job(scale, arm, seed, task, rate, epochs, on, results):
 def candidates(scale, arm, task, results):
     """{(rate, epochs): [jobs of the choosing seeds]} of an arm's search, as far as it is known."""
     def jobs_of(pairs):
-        return {pair: [tune_job(scale, arm, seed, task, *pair, "choose", results) for seed in CHOOSING]
-                for pair in pairs}
+        seeds = TRYING if arm in OUTSIDERS else CHOOSING
+        return {pair: [tune_job(scale, arm, seed, task, *pair, "choose", results) for seed in seeds] for pair in pairs}
 
-    if arm in OUTSIDERS:  # three rates around the best of full fine-tuning of the same model
-        best = choice(scale, ARMS[arm].model, task, results)
+    if arm in OUTSIDERS:  # three rates around PMP's, for dense models, too
+        best = choice(scale, "pmp", task, results)
         return jobs_of([(best[0] * factor, best[1]) for factor in (0.5, 1.0, 2.0)]) if best else {}
     rates = list(START["scratch" if ARMS[arm].how == "scratch" else "full"])
     grid = jobs_of([(rate, count) for rate in rates for count in scale.epochs])
@@ -265,12 +285,16 @@ def choice(scale, arm, task, results):
     if ARMS[arm].how == "base":
         return 0.0, 0
     arm, task = ARMS[arm].like or arm, TASKS[task].like or task
-    return best_of(candidates(scale, arm, task, results), results)
+    grid = candidates(scale, arm, task, results)
+    if twin(arm):  # one setting for both models, by the mean of the two
+        other = candidates(scale, twin(arm), task, results)
+        grid = {pair: jobs + other[pair] for pair, jobs in grid.items()}
+    return best_of(grid, results)
 
 
 def judged(scale, arm, task, results, seeds=None):
     """The jobs of an arm for the record, one a seed; None in the place of those whose setting is not known yet."""
-    seeds = range(scale.seeds[MODELS[ARMS[arm].model].seeds]) if seeds is None else seeds
+    seeds = tuned_by(scale, arm) if seeds is None else seeds
     if not (pair := choice(scale, arm, task, results)):
         return [None for _ in seeds]
     return [tune_job(scale, arm, seed, task, *pair, "judge", results) for seed in seeds]
@@ -285,13 +309,19 @@ def strongest(scale, results):
     means = {arm: choosing_mean(scale, arm, results) for arm in scale.outsiders}
     if None in means.values():
         return None
-    twins = {arm: arm.replace("pmp:", "dense:") for arm in means if arm.startswith("pmp:")}
-    plain = {arm: means[arm] + means[twin] for arm, twin in twins.items() if twin in means}
+    plain = {arm: means[arm] + means[twin(arm)] for arm in means if arm.startswith("pmp:") and twin(arm)}
     guessing = {arm: mean for arm, mean in means.items() if ARMS[arm].how in NEEDS_GUESS}
     found = []
     for ranked, count in zip((plain, guessing), scale.strongest):
         found += sorted(ranked, key=lambda arm: -ranked[arm])[:count]
     return found
+
+
+def twin(arm):
+    """The same adversary with the other model; None if there is none."""
+    model, _, how = arm.partition(": ")
+    other = f"{'dense' if model == 'pmp' else 'pmp'}: {how}"
+    return other if arm in OUTSIDERS and other in OUTSIDERS else None
 
 
 def choosing_mean(scale, arm, results, tasks=TRIED):
@@ -307,9 +337,9 @@ def choosing_mean(scale, arm, results, tasks=TRIED):
 
 def equal_jobs(scale, arm, rate, results):
     """The jobs of an arm of EQUAL_RATES at one rate, one for each pre-training."""
-    model = MODELS[ARMS[arm].model]
-    seeds = range(scale.seeds["literal"]) if model.seeds == "literal" else scale.fresh
-    return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results) for seed in seeds]
+    group = "literal" if "literal" in MODELS[ARMS[arm].model].groups else "fresh"
+    return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results)
+            for seed in scale.seeds.get(group, ())]
 
 
 def measure_job(scale, kind, model, seed, results, **more):
@@ -325,7 +355,7 @@ def jobs(scale, results):
     """Every job of a scale that is known by now, in the protocol's order, and how many must wait for a choice."""
     def models(names, seeds=None):
         return [model_job(scale, name, seed, results) for name in names
-                for seed in (range(scale.seeds[MODELS[name].seeds]) if seeds is None else seeds)]
+                for seed in (seeds_of(scale, name) if seeds is None else seeds)]
 
     def search(arms):
         return [job for arm in arms for task in ARMS[arm].tasks
@@ -334,6 +364,9 @@ def jobs(scale, results):
     def record(arms, seeds=None):
         return [job for arm in arms for task in ARMS[arm].tasks for job in judged(scale, arm, task, results, seeds)]
 
+    def geometry(seed):
+        return [measure_job(scale, kind, model, seed, results) for kind in MEASURES for model in MEASURES[kind]]
+
     def attacks(name, seeds):
         tried = [attack for attack in RECOVERIES if (name != "old" or "lattice" in attack)
                  and (name == "pmp" or attack != "release folder")]
@@ -341,36 +374,35 @@ def jobs(scale, results):
                 for seed in seeds for attack in tried]
 
     def group(*kinds):
-        return [name for name, model in MODELS.items() if model.seeds in kinds]
+        return [name for name, model in MODELS.items() if set(model.groups) & set(kinds)]
 
-    early = [arm for arm in VARIED if MODELS[VARIED[arm].model].seeds == "main"]
+    early = [arm for arm in VARIED if VARIED[arm].model in CHOOSERS]
     found = models(CHOOSERS, CHOOSING)
-    for seed in range(scale.seeds["main"]):
-        found += models(group("main"), [seed])
-        found += [measure_job(scale, kind, model, seed, results) for kind in MEASURES for model in MEASURES[kind]]
-        found += attacks("pmp", [seed])
+    for seed in scale.seeds["main"]:
+        found += models(CHOOSERS, [seed])
+        found += geometry(seed) + attacks("pmp", [seed])
     found += search(SEARCHED)
-    for seed in range(scale.seeds["main"]):
-        found += record([*SEARCHED, *early], [seed])
-    if scale.seeds["untied"]:
+    for seed in scale.seeds["tuned"]:
+        found += models(CHOOSERS, [seed]) + record([*SEARCHED, *early], [seed])
+    if "untied" in scale.seeds:
         found += models(MATCHERS, CHOOSING)
     for names in (group("literal"), group("untied"), group("side", "recipe", "one")):
         found += models(names) + record([arm for arm in VARIED if VARIED[arm].model in names])
-    for seed in scale.fresh:
-        found += models(("dense", "pmp"), [seed])
+    for seed in scale.seeds.get("fresh", ()):
+        found += models(group("fresh"), [seed]) + geometry(seed)
     equal = []
     for arm, rates in EQUAL_RATES.items():
         for rate in rates:
             equal += equal_jobs(scale, arm, rate, results)
     found += sorted(equal, key=lambda job: job.what["seed"])  # pair by pair
-    found += attacks("literal-pmp", range(scale.seeds["literal"])) + attacks("old", range(scale.seeds["one"]))
-    found += search(scale.outsiders)
+    found += attacks("literal-pmp", seeds_of(scale, "literal-pmp")) + attacks("old", seeds_of(scale, "old"))
+    found += models(group("fresh"), TRYING if scale.outsiders else ()) + search(scale.outsiders)
     best = strongest(scale, results)
     for arm in best or []:
-        twin = arm.replace("pmp:", "dense:")
-        found += record([arm, twin] if twin in ARMS else [arm])
+        found += record(filter(None, (arm, twin(arm))))
     if best is None:
         plain, guessing = scale.strongest  # on both models, and on PMP alone
-        found += [None] * (len(TRIED) * scale.seeds["main"] * (2 * plain + guessing))
-    unique = {(job.kind, job.key): job for job in found if job}  # a chosen rate may be one of the equal ones
+        found += [None] * (len(TRIED) * len(scale.seeds.get("fresh", ())) * (2 * plain + guessing))
+    # once each, since a chosen rate may be one of the equal ones
+    unique = {(job.kind, job.key): job for job in found if job and not LOST.items() <= job.what.items()}
     return list(unique.values()), found.count(None)

@@ -16,9 +16,9 @@ sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
-from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest  # noqa: E402
+from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest, twin  # noqa: E402
 from store import Results  # noqa: E402
-from verdicts import Evidence, accuracies, best_for_others, by_seed, claims, marker, spell  # noqa: E402
+from verdicts import MOST, Evidence, accuracies, best_for_others, by_seed, claims, marker, spell  # noqa: E402
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -41,9 +41,10 @@ def state(evidence):
     found, waiting = jobs(evidence.scale, evidence.results)
     done = sum(evidence.results.get(job) is not None for job in found)
     seeds = min((len(evidence.accuracy(arm, task)) for arm in SEARCHED for task in MAIN), default=0)
+    planned = len(evidence.scale.seeds["tuned"])
     hours = sum(result["seconds"] for result in evidence.results.found.values()) / 3600
     return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one core. Every arm "
-            f"that has its own search was run on at least {seeds} of {evidence.scale.seeds['main']} pre-trainings.")
+            f"that has its own search was run on at least {seeds} of {planned} pre-trainings.")
 
 
 def verdicts(evidence):
@@ -53,6 +54,19 @@ def verdicts(evidence):
         measured = "; ".join(f"{spell(one)}{f' ({one.n})' if one.n else ''}" for one in row.markers)
         rows.append([row.claim, row.markers[0].limit, measured, f"**{row.verdict}**"])
     return markdown(["claim", "holds if", "measured (95% interval; pre-trainings)", "verdict so far"], rows)
+
+
+def undecided(evidence):
+    """What would decide the open tests."""
+    rows, claim = [], ""
+    for row in claims(evidence.results):
+        claim = row.claim if row.claim.strip() == row.claim else f"{claim.split(' (')[0]}: {row.claim.strip()}"
+        for one in row.markers:
+            if one.verdict == "open":
+                enough = one.enough()
+                rows.append([claim, one.label, one.interval, one.n, enough if enough <= MOST else f"over {MOST}"])
+    return markdown(["claim", "test", "measured (95% interval)", "pre-trainings", "it would take"],
+                    rows) if rows else "None is open."
 
 
 def models(evidence):
@@ -158,10 +172,9 @@ def adversaries(evidence):
     """The strongest adversaries for the record, on PMP and on dense."""
     rows = []
     for arm in strongest(evidence.scale, evidence.results) or []:
-        twin = arm.replace("pmp:", "dense:")
         cells = []
         for task in TRIED:
-            cells += [spread(evidence.accuracy(name, task).values()) if name in ARMS else "" for name in (arm, twin)]
+            cells += [spread(evidence.accuracy(name, task).values()) if name else "" for name in (arm, twin(arm))]
         rows.append([arm.removeprefix("pmp: "), *cells])
     header = ["adversary"]
     for task in TRIED:
@@ -188,8 +201,8 @@ def geometry(evidence):
     return markdown(["model", "what", "ticket", "complement"], rows)
 
 
-TABLES = {"state": state, "verdicts": verdicts, "models": models, "table1": table1, "arms": arms, "equal": equal,
-          "geometry": geometry, "recovery": recovery, "adversaries": adversaries}
+TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "table1": table1,
+          "arms": arms, "equal": equal, "geometry": geometry, "recovery": recovery, "adversaries": adversaries}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

@@ -2,17 +2,19 @@
 
 import math
 import operator
+from bisect import bisect_left
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from attacks import CONSTANTS, SCORES
 from measures import SCALINGS, SIZES
-from plan import (ARMS, CHOOSING, EQUAL_RATES, MAIN, MODELS, RHO, TRIED, candidates, choice, choosing_mean, equal_jobs,
-                  judged, measure_job, model_job, strongest)
+from plan import (ARMS, CHOOSING, EQUAL_RATES, MAIN, RHO, TRIED, candidates, choice, choosing_mean, equal_jobs,
+                  judged, measure_job, model_job, seeds_of, strongest, tuned_by, twin)
 
 TENTH, EQUAL, CLOSE, OVERLAP, TELLING = 0.1, 0.05, 0.02, 0.1, 0.6  # margins: see the protocol
 DRAWS = 2000  # of the bootstrap
+MOST = 1000  # pre-trainings: nobody will make more
 
 # -----------------------------------------------------------------------------
 # Student's t, from its density
@@ -26,6 +28,7 @@ def two_sided(t, n):
     return max(0.0, 1 - 2 * float(np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)))
 
 
+@cache
 def quantile(n):
     """The t that |T| exceeds with probability 5%."""
     low, high = 0.0, 1000.0
@@ -53,11 +56,13 @@ class Marker:
     half: float = math.nan  # of the interval's width
     margin: float = 0.0
     above: bool = True
-    p: float = math.nan  # two-sided, against the margin
+    p: float = math.nan  # two-sided, against the margin, times looks
     n: int = 0  # pre-trainings
     planned: int = 2  # with fewer there is no verdict yet
     unit: str = ""
     verdict: str = "not run"
+    looks: int = 1  # how often it was judged, with more pre-trainings each time
+    tests: int = 1  # how many were not decided yet when Holm's correction came to it, itself too
 
     @property
     def limit(self):
@@ -71,9 +76,20 @@ class Marker:
 
     def judge(self, p):
         """Take the corrected p-value."""
-        if not math.isnan(p):
-            good = (self.estimate > self.margin) == self.above
-            self.verdict = "open" if p >= 0.05 else "holds" if good else "does not hold"
+        good = (self.estimate > self.margin) == self.above
+        self.verdict = "open" if p >= 0.05 else "holds" if good else "does not hold"
+
+    def enough(self):
+        """How many pre-trainings would decide it, were estimate and spread to stay as they are: at most MOST + 1.
+
+        It would be judged once more, with the tests that are open now.
+        """
+        errors = (self.estimate - self.margin) * quantile(self.n) / max(self.half, 1e-12)
+
+        def decided(n):
+            return two_sided(errors * math.sqrt(n / self.n), n) * (self.looks + 1) * self.tests < 0.05
+
+        return bisect_left(range(MOST + 1), True, lo=self.n, key=decided)
 
 
 @dataclass
@@ -112,17 +128,18 @@ def marker(label, values, error=None, **more):
     if n < found.planned:
         found.verdict = "unfinished"
     else:
-        found.p = two_sided((found.estimate - found.margin) / max(error, 1e-12), n)
+        found.p = found.looks * two_sided((found.estimate - found.margin) / max(error, 1e-12), n)
     return found
 
 
 def correct(rows):
     """Holm's method over all markers of all rows."""
     tested = sorted((m for row in rows for m in row.markers if not math.isnan(m.p)), key=lambda m: m.p)
-    worst = 0.0
+    worst, left = 0.0, len(tested)
     for i, found in enumerate(tested):
-        worst = max(worst, min(1.0, found.p * (len(tested) - i)))
+        worst, found.tests = max(worst, min(1.0, found.p * (len(tested) - i))), left
         found.judge(worst)
+        left -= found.verdict != "open"
     return rows
 
 
@@ -136,9 +153,9 @@ class Evidence:
     def __init__(self, results):
         self.results, self.scale = results, results.scale
 
-    def planned(self, *models):
-        """How many pre-trainings there will be of all these models."""
-        return min(self.scale.seeds[MODELS[name].seeds] for name in models)
+    def planned(self, *arms):
+        """How many pre-trainings there will be that all these arms fine-tune."""
+        return len(set.intersection(*(set(tuned_by(self.scale, arm)) for arm in arms)))
 
     def runs(self, arm, task):
         """{seed: result} of an arm for the record."""
@@ -150,15 +167,14 @@ class Evidence:
 
     def models(self, name):
         """{seed: result} of the pre-trainings for the record."""
-        seeds = range(self.scale.seeds[MODELS[name].seeds])
-        found = {seed: self.results.get(model_job(self.scale, name, seed, self.results)) for seed in seeds}
+        found = {seed: self.results.get(model_job(self.scale, name, seed, self.results))
+                 for seed in seeds_of(self.scale, name)}
         return {seed: result for seed, result in found.items() if result}
 
     def measured(self, kind, model, **more):
         """{seed: result} of a measurement."""
-        seeds = range(self.scale.seeds[MODELS[model].seeds])
         found = {seed: self.results.get(measure_job(self.scale, kind, model, seed, self.results, **more))
-                 for seed in seeds}
+                 for seed in seeds_of(self.scale, model)}
         return {seed: result for seed, result in found.items() if result}
 
     def rises(self, arm, runs):
@@ -225,7 +241,7 @@ class Evidence:
                 found.append(Marker(label, unit="% of the gain", margin=100 * margin))
                 continue
             one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
-                         planned=self.planned(*(ARMS[arm].model for arm in test)))
+                         planned=self.planned(*test))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
             found.append(gated(one, clear))
         return found
@@ -275,13 +291,23 @@ def excess(own, own_inside, dense, dense_inside, least):
 # the claims
 
 
+def sample(evidence, *models):
+    """Of a test about pre-trained models: how many there will be, and how often it is judged.
+
+    Where there are more than the main ones, these were judged before the others were added.
+    """
+    first = set(evidence.scale.seeds["main"])
+    seeds = set.intersection(*(set(seeds_of(evidence.scale, model)) for model in models))
+    return {"planned": len(seeds), "looks": 2 if first < seeds else 1}
+
+
 def losses(evidence, claim, pairs, margin):
     """A row about held-out losses: first - second below the margin, in nats. pairs: {label: (model, model)}."""
     row = Row(claim)
     for label, (first, second) in pairs.items():
         one, other = evidence.models(first), evidence.models(second)
         row.markers.append(marker(label, by_seed(one, other, lambda a, b: a["text_loss"] - b["text_loss"]),
-                                  margin=margin, above=False, unit="nats", planned=evidence.planned(first, second)))
+                                  margin=margin, above=False, unit="nats", **sample(evidence, first, second)))
     return row
 
 
@@ -320,16 +346,41 @@ def strongest_attack(evidence, model):
 
 
 def best_arms(evidence, task):
-    """The best arm on dense, and on PMP, of full fine-tuning and the adversaries for the record that need no guess.
+    """The best arm on dense, and on PMP, of the adversaries for the record that need no guess at the mask.
 
     The choosing seeds decide. (None, None) where they have not been run.
     """
-    names = strongest(evidence.scale, evidence.results)
-    twins = {arm: arm.replace("pmp:", "dense:") for arm in names or [] if arm.replace("pmp:", "dense:") in ARMS}
-    if not twins:
+    ours = [arm for arm in strongest(evidence.scale, evidence.results) or [] if twin(arm)]
+    if not ours:
         return None, None
     return tuple(max(arms, key=lambda arm: choosing_mean(evidence.scale, arm, evidence.results, (task,)))
-                 for arms in (["dense", *twins.values()], ["pmp", *twins]))
+                 for arms in (map(twin, ours), ours))
+
+
+def slope(evidence):
+    """Of accuracy on docs over rho, by least squares, in percent of the gain. All have PMP's rate and epochs."""
+    gain, clear = evidence.gain("docs")
+    pair = choice(evidence.scale, "pmp", "docs", evidence.results)
+    scores = {0.5: evidence.accuracy("rho0.5", "docs"), 0.9: evidence.accuracy("rho0.9", "docs")}
+    for rho, arm in ((0.7, "pmp"), (1.0, "dense")):
+        scores[rho] = accuracies(evidence.equal(arm).get(pair[0], {})) if pair else {}
+    weights = {rho: rho - np.mean(list(scores)) for rho in scores}
+    total = sum(weight**2 for weight in weights.values())
+    values = [100 / gain * sum(weight * scores[rho][seed] for rho, weight in weights.items()) / total
+              for seed in sorted(set.intersection(*map(set, scores.values())))]
+    return gated(marker("docs", values, unit="% of the gain", planned=evidence.planned("rho0.5", "rho0.9")), clear)
+
+
+def best_against_best(evidence, task):
+    """By how much PMP is below dense, each with its best adversary, in percent of the mean gain."""
+    about = {"margin": 100 * TENTH, "unit": "% of the gain"}
+    dense, ours = best_arms(evidence, task)
+    gain, clear = evidence.gain(task)
+    values, error = evidence.contrast({dense: 1, ours: -1}, task) if dense else ((), None)
+    if error is None or math.isnan(gain):
+        return Marker(task, **about)
+    return gated(marker(task, 100 * values / gain, 100 * error / abs(gain), planned=evidence.planned(dense, ours),
+                        **about), clear)
 
 
 LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats, nats, nats per squared length
@@ -337,7 +388,7 @@ LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats,
 
 def geometry(evidence):
     """Rows 13 to 17."""
-    mark = partial(marker, planned=evidence.planned("pmp"))
+    mark = partial(marker, **sample(evidence, "pmp", "dense"))
     row13 = Row("13 the complement curves more (Assumption 1)")
     more13 = Row("   more than in dense, with the same mask")
     bends = {}
@@ -371,10 +422,10 @@ def geometry(evidence):
         row16.markers.append(mark(label, [max(value, 1 - value) for value in found], margin=TELLING, above=False,
                                   unit="AUC"))
     chance = RHO / (2 - RHO)
-    for model, label in (("pmp", "rate 3e-3"), ("literal-pmp", "rate 2e-5")):
+    for model, label, group in (("pmp", "rate 3e-3", "main"), ("literal-pmp", "rate 2e-5", "literal")):
         values = strongest_attack(evidence, model)
         row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
-                                    planned=evidence.planned(model)))
+                                    planned=len(evidence.scale.seeds.get(group, ()))))
     return [row13, more13, row14, more14, row15, row16, row17]
 
 
@@ -390,13 +441,21 @@ def dynamics(evidence):
                   by_seed(rises[0], rises[2], partial(growth, least=LEAST["rise"])), excess(*rises, LEAST["rise"]))
         _, clear = evidence.gain(task)
         for row, found in zip(rows, values):
-            one = marker(task, found, unit="log ratio", planned=evidence.planned("pmp"))
+            one = marker(task, found, unit="log ratio", planned=evidence.planned("pmp", "dense"))
             row.markers.append(gated(one, clear))
     return rows
 
 
+def own_rates(markers):
+    """Markers of arms whose rates were chosen apart. On docs these decide more than the models: it tells nothing."""
+    for one in markers:
+        if one.label == "docs":
+            one.label, one.verdict, one.p = "docs, own rates", "tells nothing", math.nan
+    return markers
+
+
 def equal_rates(evidence):
-    """Rows 3, 6 and 19 on docs once more, with the same rates for all arms: not in the protocol."""
+    """Markers of rows 3, 6 and 19 on docs, with the same rates for all arms: not in the protocol."""
     gain, _ = evidence.gain("docs")
     mark = partial(marker, unit="% of the gain")
 
@@ -405,46 +464,42 @@ def equal_rates(evidence):
 
     runs = {arm: evidence.equal(arm) for arm in EQUAL_RATES}
     best = {arm: best_for_others(runs[arm]) for arm in ("dense", "pmp", "pmp + mask")}
-    fresh, literal = len(evidence.scale.fresh), ("literal-dense", "literal-pmp")
-    return [
-        Row("3 at equal rates", [mark("docs, each arm's best", apart(best["dense"], best["pmp"]), margin=100 * TENTH,
-                                      planned=fresh)]),
-        Row("6 at equal rates", [mark("docs, each arm's best", apart(best["pmp + mask"], best["pmp"]), planned=fresh)]),
-        Row("19 at equal rates", [mark(f"docs, {rate:g} x", apart(*(runs[arm][rate] for arm in literal)),
-                                       planned=evidence.planned(*literal)) for rate in EQUAL_RATES["literal-dense"]]),
-    ]
+    fresh, literal = len(evidence.scale.seeds.get("fresh", ())), ("literal-dense", "literal-pmp")
+    label = "docs, best of equal rates"
+    return {3: [mark(label, apart(best["dense"], best["pmp"]), margin=100 * TENTH, planned=fresh)],
+            6: [mark(label, apart(best["pmp + mask"], best["pmp"]), planned=fresh)],
+            19: [mark(f"docs, all at {rate:g} x", apart(*(runs[arm][rate] for arm in literal)),
+                      planned=evidence.planned(*literal)) for rate in EQUAL_RATES["literal-dense"]]}
 
 
 def claims(results):
     """The rows of the table of verdicts, judged."""
     evidence = Evidence(results)
     shares = evidence.shares
-    middle = np.array([0.5, 0.7, 0.9, 1.0]) - 0.775
-    slope = dict(zip(("rho0.5", "pmp", "rho0.9", "dense"), middle / (middle**2).sum()))
+    equal = equal_rates(evidence)
     untied = {"full": "untied-dense", "scratch": "untied scratch", "margin": TENTH}
     row18 = Row("18 no adversary does better than on dense")
     for task in TRIED:
-        dense, ours = best_arms(evidence, task)
-        row18.markers += shares({dense: 1, ours: -1}, margin=TENTH, tasks=(task,)) if dense else [
-            Marker(task, margin=100 * TENTH, unit="% of the gain")]
+        row18.markers.append(best_against_best(evidence, task))
     return correct([
         losses(evidence, "1 PMP preserves capability (4.2)", {
             "tied": ("pmp", "dense"), "untied": ("untied-pmp", "untied-dense"), "GPT-2": ("gpt2-pmp", "gpt2-dense")},
             EQUAL),
         losses(evidence, "2 the ticket trains as well as a random mask (4.4)", {
             "EarlyBird": ("pmp", "random"), "with the mean score": ("mean", "random")}, CLOSE),
-        Row("3 outsiders gain less: full (4.2, 4.4)", shares({"dense": 1, "pmp": -1}, margin=TENTH) + shares(
-            {"untied-dense": 1, "untied-pmp": -1}, **untied, suffix=", untied")),
+        Row("3 outsiders gain less: full (4.2, 4.4)",
+            own_rates(shares({"dense": 1, "pmp": -1}, margin=TENTH)) + equal[3] + shares(
+                {"untied-dense": 1, "untied-pmp": -1}, **untied, suffix=", untied")),
         Row("4 outsiders gain less: LoRA (4.2)",
             shares({"dense lora": 1, "pmp lora": -1}, full="dense lora", margin=TENTH)),
         Row("5 it is more than lost capability (untied)", shares({"untied-matched": 1, "untied-pmp": -1}, **untied)),
-        Row("6 authorised full beats the outsider's (4.3)", shares({"pmp + mask": 1, "pmp": -1})),
+        Row("6 authorised full beats the outsider's (4.3)", own_rates(shares({"pmp + mask": 1, "pmp": -1})) + equal[6]),
         Row("7 authorised LoRA beats the outsider's (4.3)", shares({"pmp lora + mask": 1, "pmp lora": -1})),
         Row("8 a random mask protects less (4.4)", shares({"random": 1, "pmp": -1})),
-        Row("9 a smaller ratio protects more (4.4)", shares(slope)),
+        Row("9 a smaller ratio protects more (4.4)", [slope(evidence)]),
         *dynamics(evidence), *geometry(evidence), row18,
-        Row("19 undertraining alone shows Table 1's pattern", shares({"literal-dense": 1, "literal-pmp": -1})),
-        *equal_rates(evidence),
+        Row("19 undertraining alone shows Table 1's pattern",
+            own_rates(shares({"literal-dense": 1, "literal-pmp": -1})) + equal[19]),
         Row("control: what is held back is seen", shares({"dense": 1, "rescaled": -1}, margin=TENTH)),
         Row("control: a search undoes some of it", shares({"rescaled, searched": 1, "rescaled": -1})),
     ])
@@ -452,6 +507,7 @@ def claims(results):
 
 def spell(found):
     """A marker in words."""
-    if found.verdict == "not run" and math.isnan(found.estimate):
+    if math.isnan(found.estimate):
         return f"{found.label}: not run"
-    return f"{found.label}: {found.interval}"
+    own = ", tells nothing" if found.verdict == "tells nothing" else ""
+    return f"{found.label}: {found.interval}{own}"
