@@ -142,7 +142,8 @@ class Scale:
         return self.pmp.get("steps", Config.steps)
 
 
-TWO_PAIRS = {"main": (0, 1), "tuned": (0, 1)}
+TWO_PAIRS = {"main": (0, 1), "tuned": (0, 1),
+             **dict.fromkeys(("fresh", "untied", "side", "literal", "recipe", "one"), ())}
 SCALES = {
     "quick": Scale({"preset": "mini", "data": "prose", "steps": 20, "warmup": 2, "lr": 3e-3, "eb_steps": 3,
                     "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
@@ -182,14 +183,14 @@ class Job:
 
 def seeds_of(scale, model):
     """The seeds of a model's pre-trainings for the record."""
-    return sorted({seed for group in MODELS[model].groups for seed in scale.seeds.get(group, ())})
+    return sorted({seed for group in MODELS[model].groups for seed in scale.seeds[group]})
 
 
 def tuned_by(scale, arm):
     """The seeds of the pre-trainings that an arm fine-tunes for the record."""
     model = ARMS[arm].model
     if arm in OUTSIDERS:
-        return scale.seeds.get("fresh", ())
+        return scale.seeds["fresh"]
     return scale.seeds["tuned"] if "main" in MODELS[model].groups else seeds_of(scale, model)
 
 
@@ -339,7 +340,7 @@ def equal_jobs(scale, arm, rate, results):
     """The jobs of an arm of EQUAL_RATES at one rate, one for each pre-training."""
     group = "literal" if "literal" in MODELS[ARMS[arm].model].groups else "fresh"
     return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results)
-            for seed in scale.seeds.get(group, ())]
+            for seed in scale.seeds[group]]
 
 
 def measure_job(scale, kind, model, seed, results, **more):
@@ -384,11 +385,11 @@ def jobs(scale, results):
     found += search(SEARCHED)
     for seed in scale.seeds["tuned"]:
         found += models(CHOOSERS, [seed]) + record([*SEARCHED, *early], [seed])
-    if "untied" in scale.seeds:
+    if scale.seeds["untied"]:
         found += models(MATCHERS, CHOOSING)
     for names in (group("literal"), group("untied"), group("side", "recipe", "one")):
         found += models(names) + record([arm for arm in VARIED if VARIED[arm].model in names])
-    for seed in scale.seeds.get("fresh", ()):
+    for seed in scale.seeds["fresh"]:
         found += models(group("fresh"), [seed]) + geometry(seed)
     equal = []
     for arm, rates in EQUAL_RATES.items():
@@ -402,7 +403,7 @@ def jobs(scale, results):
         found += record(filter(None, (arm, twin(arm))))
     if best is None:
         plain, guessing = scale.strongest  # on both models, and on PMP alone
-        found += [None] * (len(TRIED) * len(scale.seeds.get("fresh", ())) * (2 * plain + guessing))
+        found += [None] * (len(TRIED) * len(scale.seeds["fresh"]) * (2 * plain + guessing))
     # once each, since a chosen rate may be one of the equal ones
     unique = {(job.kind, job.key): job for job in found if job and not LOST.items() <= job.what.items()}
     return list(unique.values()), found.count(None)

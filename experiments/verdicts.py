@@ -425,7 +425,7 @@ def geometry(evidence):
     for model, label, group in (("pmp", "rate 3e-3", "main"), ("literal-pmp", "rate 2e-5", "literal")):
         values = strongest_attack(evidence, model)
         row17.markers.append(marker(label, values.values(), margin=chance + OVERLAP, above=False, unit="IoU",
-                                    planned=len(evidence.scale.seeds.get(group, ()))))
+                                    planned=len(evidence.scale.seeds[group])))
     return [row13, more13, row14, more14, row15, row16, row17]
 
 
@@ -464,7 +464,7 @@ def equal_rates(evidence):
 
     runs = {arm: evidence.equal(arm) for arm in EQUAL_RATES}
     best = {arm: best_for_others(runs[arm]) for arm in ("dense", "pmp", "pmp + mask")}
-    fresh, literal = len(evidence.scale.seeds.get("fresh", ())), ("literal-dense", "literal-pmp")
+    fresh, literal = len(evidence.scale.seeds["fresh"]), ("literal-dense", "literal-pmp")
     label = "docs, best of equal rates"
     return {3: [mark(label, apart(best["dense"], best["pmp"]), margin=100 * TENTH, planned=fresh)],
             6: [mark(label, apart(best["pmp + mask"], best["pmp"]), planned=fresh)],
