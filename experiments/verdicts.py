@@ -477,7 +477,7 @@ def claims(results):
     evidence = Evidence(results)
     shares = evidence.shares
     equal = equal_rates(evidence)
-    untied = {"full": "untied-dense", "scratch": "untied scratch", "margin": TENTH}
+    untied = {"full": "untied-dense", "scratch": "untied scratch", "margin": TENTH, "tasks": TRIED}
     row18 = Row("18 no adversary does better than on dense")
     for task in TRIED:
         row18.markers.append(best_against_best(evidence, task))
