@@ -145,8 +145,8 @@ def equal(evidence):
             apart = [marker("", by_seed(one, ours)) for one in (dense, owner)]
             rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, owner)),
                          *(one.interval if one.n > 1 else "" for one in apart), apart[0].n])
-    return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider",
-                     "authorised - outsider", "pairs"], rows) if rows else "Not run yet."
+    return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider (95%)",
+                     "authorised - outsider (95%)", "pairs"], rows) if rows else "Not run yet."
 
 
 def recovery(evidence):

@@ -498,6 +498,19 @@ def test_a_planted_effect_is_found_and_none_where_there_is_none():
     assert found["3"].markers[0].estimate == pytest.approx(100 / 3, abs=3)  # ten points of a gain of thirty
 
 
+def test_a_task_on_which_an_arm_gains_nothing_tells_nothing_of_it():
+    def weak(job):  # LoRA ends 20 points below random weights, and 10 higher with the mask
+        result = no_effect(job)
+        if job.kind == "tune" and "lora" in job.what["arm"]:
+            result["accuracy"] -= 40 if "mask" in job.what["arm"] else 50
+        return result
+    rows = {row.claim.split()[0]: row for row in verdicts.claims(Made(weak))}
+    for number in ("4", "7"):
+        assert rows[number].verdict == "tells nothing"
+        assert [verdicts.spell(one) for one in rows[number].markers] == ["docs: tells nothing",
+                                                                         "word order: tells nothing"]
+
+
 def test_the_error_of_a_contrast_has_the_error_of_the_choice():
     def two(job, seeds_agree):
         if job.kind != "tune":

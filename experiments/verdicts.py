@@ -243,6 +243,8 @@ class Evidence:
             one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
                          planned=self.planned(*test))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
+            if gain <= 0:  # there is nothing to have a share of
+                one.estimate = one.half = math.nan
             found.append(gated(one, clear))
         return found
 
@@ -494,7 +496,8 @@ def claims(results):
             shares({"dense lora": 1, "pmp lora": -1}, full="dense lora", margin=TENTH)),
         Row("5 it is more than lost capability (untied)", shares({"untied-matched": 1, "untied-pmp": -1}, **untied)),
         Row("6 authorised full beats the outsider's (4.3)", own_rates(shares({"pmp + mask": 1, "pmp": -1})) + equal[6]),
-        Row("7 authorised LoRA beats the outsider's (4.3)", shares({"pmp lora + mask": 1, "pmp lora": -1})),
+        Row("7 authorised LoRA beats the outsider's (4.3)",
+            shares({"pmp lora + mask": 1, "pmp lora": -1}, full="dense lora")),
         Row("8 a random mask protects less (4.4)", shares({"random": 1, "pmp": -1})),
         Row("9 a smaller ratio protects more (4.4)", [slope(evidence)]),
         *dynamics(evidence), *geometry(evidence), row18,
@@ -508,6 +511,6 @@ def claims(results):
 def spell(found):
     """A marker in words."""
     if math.isnan(found.estimate):
-        return f"{found.label}: not run"
+        return f"{found.label}: {found.verdict}"
     own = ", tells nothing" if found.verdict == "tells nothing" else ""
     return f"{found.label}: {found.interval}{own}"
