@@ -15,6 +15,7 @@ COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "cha
            "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
            "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
            "not run": "#dddddd", "unfinished": "#999999"}
+SHADES = ("#e3b768", "#b3732a", "#5e360b")  # of something that grows
 TITLES = {"pmp": "PMP", "dense": "dense, with PMP's mask"}
 SIGNS = {"holds": "o", "does not hold": "X", "open": "s", "tells nothing": "d", "not run": "d", "unfinished": "d"}
 
@@ -174,8 +175,8 @@ def figure4(evidence, path):
 
 
 def rates(evidence, path):
-    """Docs at equal rates: fine-tuned accuracy, and the rise of the pre-training loss."""
-    figure, axes = subplots(1, 2, figsize=(10, 3.6))
+    """Docs at equal rates: fine-tuned accuracy, the rise of the pre-training loss, and what follows lost capability."""
+    figure, axes = subplots(1, 3, figsize=(13, 3.6))
     for arm in ("dense", "pmp", "pmp + mask"):
         runs = {rate: found for rate, found in evidence.equal(arm).items() if found}
         for axis, values in zip(axes, (accuracies, partial(evidence.rises, arm))):
@@ -186,7 +187,19 @@ def rates(evidence, path):
             log_ticks(axis, EQUAL_RATES[arm], "rate, times the default")
     axes[0].set(ylabel="docs: fine-tuned accuracy, %")
     axes[1].set(ylabel="rise of the pre-training loss, nats")
+    behind = evidence.behind("pmp", "dense")
+    for rate, colour in zip((1.0, 4.0, 16.0), SHADES):
+        dense, ours = (accuracies(evidence.equal(arm)[rate]) for arm in ("dense", "pmp"))
+        seeds = sorted((seed for seed in dense if seed in ours), key=behind.get)
+        x, y = ([found[seed] for seed in seeds] for found in (behind, {s: dense[s] - ours[s] for s in seeds}))
+        axes[2].plot(x, y, "o", color=colour, label=f"{rate:g} x")
+        if len(seeds) > 1:
+            axes[2].plot(x, np.polyval(np.polyfit(x, y, 1), x), color=colour, linewidth=1)
+    axes[2].axhline(0, color="#bbbbbb", linewidth=0.8)
+    axes[2].axvline(0, color="#bbbbbb", linewidth=0.8)
+    axes[2].set(xlabel="held-out loss, PMP - dense, nats", ylabel="docs: accuracy, dense - PMP, points")
     axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7)
     save(figure, path)
 
 

@@ -6,6 +6,7 @@
 It reads results only, and takes seconds.
 """
 
+import math
 import re
 import sys
 from functools import partial
@@ -18,7 +19,8 @@ import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
 from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest, twin  # noqa: E402
 from store import Results  # noqa: E402
-from verdicts import MOST, Evidence, accuracies, best_for_others, by_seed, claims, marker, spell  # noqa: E402
+from verdicts import (MOST, Evidence, accuracies, at_equal_loss, best_for_others, by_seed, claims,  # noqa: E402
+                      marker, spell)
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -129,7 +131,10 @@ def arms(evidence):
 
 
 def equal(evidence):
-    """Docs at equal rates: accuracy of each arm, and what a mask and its knowledge change, in points."""
+    """Docs at equal rates: accuracy of each arm, and what a mask and its knowledge change, in points.
+
+    "At equal loss": what the difference would be if PMP had the dense model's held-out loss.
+    """
     lines = []
     if pair := choice(evidence.scale, "dense", "docs", evidence.results):
         arms = ("dense", "pmp, same", "pmp + mask, same")
@@ -142,11 +147,15 @@ def equal(evidence):
     for models, rate, runs in lines:
         dense, ours, owner = map(accuracies, (*runs, {})[:3])  # nobody owns a literal model's mask
         if dense and ours:
-            apart = [marker("", by_seed(one, ours)) for one in (dense, owner)]
+            names = ("literal-pmp", "literal-dense") if models == "literal" else ("pmp", "dense")
+            gaps = {seed: dense[seed] - ours[seed] for seed in dense if seed in ours}
+            apart = [marker("", gaps.values()), at_equal_loss(gaps, evidence.behind(*names)),
+                     marker("", by_seed(owner, ours))]
             rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, owner)),
-                         *(one.interval if one.n > 1 else "" for one in apart), apart[0].n])
+                         *("" if math.isnan(one.half) else one.interval for one in apart), len(gaps)])
     return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider (95%)",
-                     "authorised - outsider (95%)", "pairs"], rows) if rows else "Not run yet."
+                     "the same at equal loss (95%)", "authorised - outsider (95%)", "pairs"],
+                    rows) if rows else "Not run yet."
 
 
 def recovery(evidence):

@@ -569,6 +569,17 @@ def test_every_table_and_picture_is_made_of_results_alone(monkeypatch, tmp_path)
     assert "nan" not in report.verdicts(empty) and report.undecided(empty) == "None is open."
 
 
+def test_the_gap_at_equal_loss_is_where_the_line_through_the_pairs_crosses_it():
+    behind = {0: -0.1, 1: 0.0, 2: 0.1, 3: 0.2}
+    noise = {0: 0.01, 1: -0.03, 2: 0.03, 3: -0.01}  # uncorrelated with the line
+    found = verdicts.at_equal_loss({seed: 0.5 + 9 * behind[seed] + noise[seed] for seed in behind} | {9: 7.0}, behind)
+    assert found.n == 4 and found.estimate == pytest.approx(0.5)
+    error = (0.002 / 2 * (1 / 4 + 0.05**2 / 0.05)) ** 0.5  # of the line's height at 0: two degrees of freedom
+    assert found.half == pytest.approx(4.303 * error, rel=1e-3)
+    assert math.isnan(verdicts.at_equal_loss({0: 1.0, 1: 2.0}, behind).half)
+    assert math.isnan(verdicts.at_equal_loss({2: 1.0, 3: 2.0, 9: 3.0}, behind | {9: 0.3}).half)  # it would be a guess
+
+
 def test_the_best_rate_for_the_others_is_chosen_without_the_pair_that_it_judges():
     def runs(*scores):
         return {seed: {"accuracy": score} for seed, score in enumerate(scores)}

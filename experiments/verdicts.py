@@ -171,6 +171,11 @@ class Evidence:
                  for seed in seeds_of(self.scale, name)}
         return {seed: result for seed, result in found.items() if result}
 
+    def behind(self, model, reference):
+        """{seed: nats} by which the held-out loss of a model is above that of another."""
+        ours, other = self.models(model), self.models(reference)
+        return {seed: ours[seed]["text_loss"] - other[seed]["text_loss"] for seed in ours if seed in other}
+
     def measured(self, kind, model, **more):
         """{seed: result} of a measurement."""
         found = {seed: self.results.get(measure_job(self.scale, kind, model, seed, self.results, **more))
@@ -271,6 +276,19 @@ def growth(a, b, least):
     return math.asinh(a / least) - math.asinh(b / least)
 
 
+def at_equal_loss(gaps, behind):
+    """A Marker of the gap of pairs that have the same held-out loss: where a straight line through all pairs is at 0.
+
+    gaps: {seed: points}; behind: {seed: nats}. There is none where all pairs lie on one side of 0.
+    """
+    seeds = [seed for seed in gaps if seed in behind]
+    x, n = [behind[seed] for seed in seeds], len(seeds)
+    if n < 3 or not min(x) < 0 < max(x):
+        return Marker("", n=n)
+    (_, height), covariance = np.polyfit(x, [gaps[seed] for seed in seeds], 1, cov=True)
+    return Marker("", float(height), quantile(n - 1) * math.sqrt(covariance[1, 1]), n=n)
+
+
 def best_for_others(runs):
     """{seed: result at the rate that is best for the other seeds}. runs: {rate: {seed: result}}."""
     scores = {rate: accuracies(found) for rate, found in runs.items()}
@@ -307,9 +325,8 @@ def losses(evidence, claim, pairs, margin):
     """A row about held-out losses: first - second below the margin, in nats. pairs: {label: (model, model)}."""
     row = Row(claim)
     for label, (first, second) in pairs.items():
-        one, other = evidence.models(first), evidence.models(second)
-        row.markers.append(marker(label, by_seed(one, other, lambda a, b: a["text_loss"] - b["text_loss"]),
-                                  margin=margin, above=False, unit="nats", **sample(evidence, first, second)))
+        row.markers.append(marker(label, evidence.behind(first, second).values(), margin=margin, above=False,
+                                  unit="nats", **sample(evidence, first, second)))
     return row
 
 
