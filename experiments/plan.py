@@ -118,7 +118,7 @@ LOST = {"arm": "pmp, GLUE", "seed": 4, "task": "rte"}  # not run before its mode
 ARMS = SEARCHED | VARIED | OUTSIDERS
 START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  # rates, times glue.py's default
 # docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
-EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask"), START["full"]),
+EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask", "random"), START["full"]),
                **dict.fromkeys(("literal-dense", "literal-pmp"), (4.0, 16.0))}
 MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
 
@@ -339,8 +339,8 @@ def choosing_mean(scale, arm, results, tasks=TRIED):
 def equal_jobs(scale, arm, rate, results):
     """The jobs of an arm of EQUAL_RATES at one rate, one for each pre-training."""
     group = "literal" if "literal" in MODELS[ARMS[arm].model].groups else "fresh"
-    return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results)
-            for seed in scale.seeds[group]]
+    seeds = [seed for seed in scale.seeds[group] if seed in seeds_of(scale, ARMS[arm].model)]
+    return [tune_job(scale, arm, seed, "docs", rate, max(scale.epochs), "judge", results) for seed in seeds]
 
 
 def measure_job(scale, kind, model, seed, results, **more):

@@ -138,21 +138,22 @@ def equal(evidence):
     lines = []
     if pair := choice(evidence.scale, "dense", "docs", evidence.results):
         arms = ("dense", "pmp, same", "pmp + mask, same")
-        lines.append(("main", f"{pair[0]:g} x", [evidence.runs(arm, "docs") for arm in arms]))
-    for models, arms in (("new", ("dense", "pmp", "pmp + mask")), ("literal", ("literal-dense", "literal-pmp"))):
+        lines.append(("main", f"{pair[0]:g} x", arms, [evidence.runs(arm, "docs") for arm in arms]))
+    for label, arms in (("new", ("dense", "pmp", "pmp + mask")), ("random mask", ("dense", "random")),
+                        ("literal", ("literal-dense", "literal-pmp"))):
         runs = [evidence.equal(arm) for arm in arms]
-        lines += [(models, f"{rate:g} x", [found[rate] for found in runs]) for rate in runs[0]]
-        lines.append((models, "its best for the others", [best_for_others(found) for found in runs]))
+        lines += [(label, f"{rate:g} x", arms, [found[rate] for found in runs]) for rate in runs[0]]
+        lines.append((label, "its best for the others", arms, [best_for_others(found) for found in runs]))
     rows = []
-    for models, rate, runs in lines:
-        dense, ours, owner = map(accuracies, (*runs, {})[:3])  # nobody owns a literal model's mask
-        if dense and ours:
-            names = ("literal-pmp", "literal-dense") if models == "literal" else ("pmp", "dense")
-            gaps = {seed: dense[seed] - ours[seed] for seed in dense if seed in ours}
-            apart = [marker("", gaps.values()), at_equal_loss(gaps, evidence.behind(*names)),
-                     marker("", by_seed(owner, ours))]
-            rows.append([models, rate, *(spread(found.values()) for found in (dense, ours, owner)),
-                         *("" if math.isnan(one.half) else one.interval for one in apart), len(gaps)])
+    for label, rate, arms, runs in lines:
+        dense, ours, owner = map(accuracies, (*runs, {})[:3])  # nobody owns the mask of the last two kinds
+        gaps = {seed: dense[seed] - ours[seed] for seed in dense if seed in ours}
+        if gaps:
+            behind = evidence.behind(ARMS[arms[1]].model, ARMS[arms[0]].model)
+            apart = [marker("", gaps.values()), at_equal_loss(gaps, behind), marker("", by_seed(owner, ours))]
+            rows.append([label, rate, spread(dense[seed] for seed in gaps), spread(ours.values()),
+                         spread(owner.values()), *("" if math.isnan(one.half) else one.interval for one in apart),
+                         len(gaps)])
     return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider (95%)",
                      "the same at equal loss (95%)", "authorised - outsider (95%)", "pairs"],
                     rows) if rows else "Not run yet."
