@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 from measures import BINS, PLACES, SIZES
 from plan import EQUAL_RATES, MAIN
-from verdicts import accuracies
+from verdicts import EQUAL, accuracies
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
@@ -190,13 +190,11 @@ def rates(evidence, path):
     behind = evidence.behind("pmp", "dense")
     for rate, colour in zip((1.0, 4.0, 16.0), SHADES):
         dense, ours = (accuracies(evidence.equal(arm)[rate]) for arm in ("dense", "pmp"))
-        seeds = sorted((seed for seed in dense if seed in ours), key=behind.get)
-        x, y = ([found[seed] for seed in seeds] for found in (behind, {s: dense[s] - ours[s] for s in seeds}))
-        axes[2].plot(x, y, "o", color=colour, label=f"{rate:g} x")
-        if len(seeds) > 1:
-            axes[2].plot(x, np.polyval(np.polyfit(x, y, 1), x), color=colour, linewidth=1)
+        seeds = [seed for seed in dense if seed in ours and seed in behind]
+        axes[2].plot([behind[seed] for seed in seeds], [dense[seed] - ours[seed] for seed in seeds], "o", color=colour,
+                     label=f"{rate:g} x")
+    axes[2].axvspan(-EQUAL, EQUAL, color="#eeeeee")
     axes[2].axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes[2].axvline(0, color="#bbbbbb", linewidth=0.8)
     axes[2].set(xlabel="held-out loss, PMP - dense, nats", ylabel="docs: accuracy, dense - PMP, points")
     axes[0].legend(fontsize=7)
     axes[2].legend(fontsize=7)

@@ -118,7 +118,7 @@ LOST = {"arm": "pmp, GLUE", "seed": 4, "task": "rte"}  # not run before its mode
 ARMS = SEARCHED | VARIED | OUTSIDERS
 START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  # rates, times glue.py's default
 # docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
-EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask", "random"), START["full"]),
+EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask", "dense in mask, same", "random"), START["full"]),
                **dict.fromkeys(("literal-dense", "literal-pmp"), (4.0, 16.0))}
 MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
 

@@ -6,7 +6,6 @@
 It reads results only, and takes seconds.
 """
 
-import math
 import re
 import sys
 from functools import partial
@@ -17,10 +16,11 @@ sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
-from plan import ARMS, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, TRIED, choice, jobs, strongest, twin  # noqa: E402
+from measures import SIZES  # noqa: E402
+from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, START, TRIED,  # noqa: E402
+                  choice, jobs, strongest, twin)
 from store import Results  # noqa: E402
-from verdicts import (MOST, Evidence, accuracies, at_equal_loss, best_for_others, by_seed, claims,  # noqa: E402
-                      marker, spell)
+from verdicts import LEAST, MOST, Evidence, accuracies, best_for_others, changes, claims, marker, spell  # noqa: E402
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -131,32 +131,55 @@ def arms(evidence):
 
 
 def equal(evidence):
-    """Docs at equal rates: accuracy of each arm, and what a mask and its knowledge change, in points.
-
-    "At equal loss": what the difference would be if PMP had the dense model's held-out loss.
-    """
-    lines = []
-    if pair := choice(evidence.scale, "dense", "docs", evidence.results):
-        arms = ("dense", "pmp, same", "pmp + mask, same")
-        lines.append(("main", f"{pair[0]:g} x", arms, [evidence.runs(arm, "docs") for arm in arms]))
-    for label, arms in (("new", ("dense", "pmp", "pmp + mask")), ("random mask", ("dense", "random")),
-                        ("literal", ("literal-dense", "literal-pmp"))):
-        runs = [evidence.equal(arm) for arm in arms]
-        lines += [(label, f"{rate:g} x", arms, [found[rate] for found in runs]) for rate in runs[0]]
-        lines.append((label, "its best for the others", arms, [best_for_others(found) for found in runs]))
+    """Docs at equal rates: accuracy of each arm in percent."""
     rows = []
-    for label, rate, arms, runs in lines:
-        dense, ours, owner = map(accuracies, (*runs, {})[:3])  # nobody owns the mask of the last two kinds
-        gaps = {seed: dense[seed] - ours[seed] for seed in dense if seed in ours}
-        if gaps:
-            behind = evidence.behind(ARMS[arms[1]].model, ARMS[arms[0]].model)
-            apart = [marker("", gaps.values()), at_equal_loss(gaps, behind), marker("", by_seed(owner, ours))]
-            rows.append([label, rate, spread(dense[seed] for seed in gaps), spread(ours.values()),
-                         spread(owner.values()), *("" if math.isnan(one.half) else one.interval for one in apart),
-                         len(gaps)])
-    return markdown(["models", "rate", "dense", "outsider", "authorised", "dense - outsider (95%)",
-                     "the same at equal loss (95%)", "authorised - outsider (95%)", "pairs"],
-                    rows) if rows else "Not run yet."
+    for arm in EQUAL_RATES:
+        found = evidence.equal(arm)
+        if any(found.values()):
+            cells = [spread(accuracies(found.get(rate, {})).values()) for rate in RATES]
+            rows.append([arm, *cells, max(map(len, found.values()))])
+    return markdown(["arm", *(f"{rate:g} x" for rate in RATES), "pre-trainings"], rows) if rows else "Not run yet."
+
+
+RATES = START["full"]
+DIFFERENCES = {  # between arms at equal rates
+    "dense - outsider": {"dense": 1, "pmp": -1},
+    "dense - authorised": {"dense": 1, "pmp + mask": -1},
+    "authorised - outsider": {"pmp + mask": 1, "pmp": -1},
+    "dense: inside PMP's mask - everything": {"dense in mask, same": 1, "dense": -1},
+    "authorised - outsider, beyond dense": {"pmp + mask": 1, "pmp": -1, "dense in mask, same": -1, "dense": 1},
+    "dense - random mask": {"dense": 1, "random": -1},
+    "random mask - outsider": {"random": 1, "pmp": -1},
+    "literal: dense - outsider": {"literal-dense": 1, "literal-pmp": -1},
+}
+SAME = {"dense": "dense", "pmp": "pmp, same", "pmp + mask": "pmp + mask, same",
+        "dense in mask, same": "dense in mask, same"}  # the arms of the main pairs, at the dense model's setting
+
+
+def gaps(evidence):
+    """Docs at equal rates: differences within pairs, in points."""
+    rows = []
+
+    def add(label, found):
+        tests = [marker("", values) for values in found]
+        if any(one.n > 1 for one in tests):
+            rows.append([label, *(one.interval if one.n > 1 else "" for one in tests), max(one.n for one in tests)])
+
+    chosen = choice(evidence.scale, "dense", "docs", evidence.results)
+    for label, weights in DIFFERENCES.items():
+        equal = {arm: evidence.equal(arm) for arm in weights}
+        columns = [{arm: found.get(rate, {}) for arm, found in equal.items()} for rate in RATES]
+        columns.append({arm: best_for_others(found) for arm, found in equal.items()})
+        add(label, [evidence.differences(runs, weights) for runs in columns])
+        alike = [evidence.differences(runs, weights, close=True) for runs in columns]
+        if len(alike[-1]) < len(evidence.differences(columns[-1], weights)):
+            add(f"{label}, losses alike", alike)
+        if chosen and set(weights) <= set(SAME):
+            more = {arm: equal[arm].get(chosen[0], {}) | evidence.runs(SAME[arm], "docs") for arm in weights}
+            add(f"{label}, with the main pairs",
+                [evidence.differences(more, weights) if rate == chosen[0] else [] for rate in (*RATES, None)])
+    return markdown(["difference (95%)", *(f"{rate:g} x" for rate in RATES), "each at its best for the others",
+                     "pre-trainings"], rows) if rows else "Not run yet."
 
 
 def recovery(evidence):
@@ -211,8 +234,42 @@ def geometry(evidence):
     return markdown(["model", "what", "ticket", "complement"], rows)
 
 
+def ratio(model, first, second):
+    """{(model, arm): power} of first / second."""
+    return {(model, first): 1, (model, second): -1}
+
+
+ALONE = "authorised, same length"
+STEPS = {  # what a step does to the pre-training loss: {(model, arm): its power in a product}
+    "PMP: outsider / authorised": ratio("pmp", "outsider", "authorised"),
+    "dense: outsider / authorised": ratio("dense", "outsider", "authorised"),
+    "the first / the second: row 15": ratio("pmp", "outsider", "authorised") | ratio("dense", "authorised", "outsider"),
+    "PMP: outsider / authorised, of the same length": ratio("pmp", "outsider", ALONE),
+    "dense: outsider / authorised, of the same length": ratio("dense", "outsider", ALONE),
+    "the fourth / the fifth": ratio("pmp", "outsider", ALONE) | ratio("dense", ALONE, "outsider"),
+    "PMP: complement alone / ticket alone": ratio("pmp", "complement", "authorised"),
+    "complement alone: PMP / dense": {("pmp", "complement"): 1, ("dense", "complement"): -1},
+}
+
+
+def steps(evidence):
+    """One step of fine-tuning: log ratios of what it does to the pre-training loss."""
+    rows = []
+    for label, powers in STEPS.items():
+        found = {key: changes(evidence, *key) for key in powers}
+        seeds = sorted(set.intersection(*map(set, found.values())))
+        logs = [sum(power * np.arcsinh(found[key][seed] / LEAST["step"]) for key, power in powers.items())
+                for seed in seeds]
+        if len(logs) > 1:
+            tests = [marker("", column) for column in np.transpose(logs)]
+            rows.append([label, *(one.interval for one in tests), len(logs)])
+    return markdown(["log ratio (95%)", *(f"step {size:g}" for size in SIZES), "pre-trainings"],
+                    rows) if rows else "Not run yet."
+
+
 TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "table1": table1,
-          "arms": arms, "equal": equal, "geometry": geometry, "recovery": recovery, "adversaries": adversaries}
+          "arms": arms, "equal": equal, "gaps": gaps, "geometry": geometry, "steps": steps, "recovery": recovery,
+          "adversaries": adversaries}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

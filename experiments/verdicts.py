@@ -193,6 +193,19 @@ class Evidence:
         return {rate: {job.what["seed"]: result for job in found if (result := self.results.get(job))}
                 for rate, found in jobs.items()}
 
+    def differences(self, runs, weights, close=False):
+        """[sum(weight * accuracy) of the arms of `weights`], one of each pre-training that all have.
+
+        runs: {arm: {seed: result}}; close: of those alone whose models' held-out losses differ by less than EQUAL.
+        """
+        losses = [self.models(name) for name in {ARMS[arm].model for arm in weights}]
+        values = []
+        for seed in sorted(set.intersection(*(set(runs[arm]) for arm in weights))):
+            found = [one[seed]["text_loss"] for one in losses if seed in one]
+            if not close or found and max(found) - min(found) < EQUAL:
+                values.append(sum(weight * runs[arm][seed]["accuracy"] for arm, weight in weights.items()))
+        return values
+
     def search(self, arm, task):
         """{(rate, epochs): accuracies of the choosing seeds}, or {} while it is not done.
 
@@ -245,13 +258,21 @@ class Evidence:
             if error is None or math.isnan(gain):
                 found.append(Marker(label, unit="% of the gain", margin=100 * margin))
                 continue
-            one = marker(label, 100 * values / gain, 100 * error / abs(gain), unit="% of the gain",
-                         planned=self.planned(*test))
+            one = share(label, values, gain, clear, error, planned=self.planned(*test))
             one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
-            if gain <= 0:  # there is nothing to have a share of
-                one.estimate = one.half = math.nan
-            found.append(gated(one, clear))
+            found.append(one)
         return found
+
+
+def share(label, values, gain, clear, error=None, **more):
+    """A Marker of values in percent of the dense gain, and their error in percent, too.
+
+    gain: the mean, and `clear` whether it is above 0; there is no number where it is not even positive.
+    """
+    if gain <= 0:
+        return Marker(label, n=len(values), unit="% of the gain", verdict="tells nothing", **more)
+    values = [100 * value / gain for value in values]
+    return gated(marker(label, values, error and 100 * error / gain, unit="% of the gain", **more), clear)
 
 
 def gated(found, clear):
@@ -274,19 +295,6 @@ def by_seed(first, second, combine=operator.sub):
 def growth(a, b, least):
     """asinh(a / least) - asinh(b / least): log(a / b) where both are well above `least`, and defined below 0, too."""
     return math.asinh(a / least) - math.asinh(b / least)
-
-
-def at_equal_loss(gaps, behind):
-    """A Marker of the gap of pairs that have the same held-out loss: where a straight line through all pairs is at 0.
-
-    gaps: {seed: points}; behind: {seed: nats}. There is none where all pairs lie on one side of 0.
-    """
-    seeds = [seed for seed in gaps if seed in behind]
-    x, n = [behind[seed] for seed in seeds], len(seeds)
-    if n < 3 or not min(x) < 0 < max(x):
-        return Marker("", n=n)
-    (_, height), covariance = np.polyfit(x, [gaps[seed] for seed in seeds], 1, cov=True)
-    return Marker("", float(height), quantile(n - 1) * math.sqrt(covariance[1, 1]), n=n)
 
 
 def best_for_others(runs):
@@ -385,21 +393,19 @@ def slope(evidence):
         scores[rho] = accuracies(evidence.equal(arm).get(pair[0], {})) if pair else {}
     weights = {rho: rho - np.mean(list(scores)) for rho in scores}
     total = sum(weight**2 for weight in weights.values())
-    values = [100 / gain * sum(weight * scores[rho][seed] for rho, weight in weights.items()) / total
+    values = [sum(weight * scores[rho][seed] for rho, weight in weights.items()) / total
               for seed in sorted(set.intersection(*map(set, scores.values())))]
-    return gated(marker("docs", values, unit="% of the gain", planned=evidence.planned("rho0.5", "rho0.9")), clear)
+    return share("docs", values, gain, clear, planned=evidence.planned("rho0.5", "rho0.9"))
 
 
 def best_against_best(evidence, task):
     """By how much PMP is below dense, each with its best adversary, in percent of the mean gain."""
-    about = {"margin": 100 * TENTH, "unit": "% of the gain"}
     dense, ours = best_arms(evidence, task)
     gain, clear = evidence.gain(task)
     values, error = evidence.contrast({dense: 1, ours: -1}, task) if dense else ((), None)
     if error is None or math.isnan(gain):
-        return Marker(task, **about)
-    return gated(marker(task, 100 * values / gain, 100 * error / abs(gain), planned=evidence.planned(dense, ours),
-                        **about), clear)
+        return Marker(task, margin=100 * TENTH, unit="% of the gain")
+    return share(task, values, gain, clear, error, margin=100 * TENTH, planned=evidence.planned(dense, ours))
 
 
 LEAST = {"rise": 0.01, "step": 1e-5, "curvature": 1e-6}  # where logs end: nats, nats, nats per squared length
@@ -468,27 +474,26 @@ def dynamics(evidence):
 def own_rates(markers):
     """Markers of arms whose rates were chosen apart. On docs these decide more than the models: it tells nothing."""
     for one in markers:
-        if one.label == "docs":
+        if one.label == "docs" and one.n:
             one.label, one.verdict, one.p = "docs, own rates", "tells nothing", math.nan
     return markers
 
 
 def equal_rates(evidence):
     """Markers of rows 3, 6 and 19 on docs, with the same rates for all arms: not in the protocol."""
-    gain, _ = evidence.gain("docs")
-    mark = partial(marker, unit="% of the gain")
+    gain, clear = evidence.gain("docs")
 
-    def apart(one, other):
-        return [100 * value / gain for value in by_seed(accuracies(one), accuracies(other))]
+    def apart(label, one, other, **more):
+        return share(label, by_seed(accuracies(one), accuracies(other)), gain, clear, **more)
 
     runs = {arm: evidence.equal(arm) for arm in EQUAL_RATES}
     best = {arm: best_for_others(runs[arm]) for arm in ("dense", "pmp", "pmp + mask")}
     fresh, literal = len(evidence.scale.seeds["fresh"]), ("literal-dense", "literal-pmp")
     label = "docs, best of equal rates"
-    return {3: [mark(label, apart(best["dense"], best["pmp"]), margin=100 * TENTH, planned=fresh)],
-            6: [mark(label, apart(best["pmp + mask"], best["pmp"]), planned=fresh)],
-            19: [mark(f"docs, all at {rate:g} x", apart(*(runs[arm][rate] for arm in literal)),
-                      planned=evidence.planned(*literal)) for rate in EQUAL_RATES["literal-dense"]]}
+    return {3: [apart(label, best["dense"], best["pmp"], margin=100 * TENTH, planned=fresh)],
+            6: [apart(label, best["pmp + mask"], best["pmp"], planned=fresh)],
+            19: [apart(f"docs, all at {rate:g} x", *(runs[arm][rate] for arm in literal),
+                       planned=evidence.planned(*literal)) for rate in EQUAL_RATES["literal-dense"]]}
 
 
 def claims(results):
