@@ -189,9 +189,10 @@ def rates(evidence, path):
     axes[1].set(ylabel="rise of the pre-training loss, nats")
     behind = evidence.behind("pmp", "dense")
     for rate, colour in zip((1.0, 4.0, 16.0), SHADES):
-        dense, ours = (accuracies(evidence.equal(arm)[rate]) for arm in ("dense", "pmp"))
-        seeds = [seed for seed in dense if seed in ours and seed in behind]
-        axes[2].plot([behind[seed] for seed in seeds], [dense[seed] - ours[seed] for seed in seeds], "o", color=colour,
+        runs = {arm: evidence.equal(arm)[rate] for arm in ("dense", "pmp")}
+        gaps = evidence.differences(runs, {"dense": 1, "pmp": -1})
+        seeds = [seed for seed in gaps if seed in behind]
+        axes[2].plot([behind[seed] for seed in seeds], [gaps[seed] for seed in seeds], "o", color=colour,
                      label=f"{rate:g} x")
     axes[2].axvspan(-EQUAL, EQUAL, color="#eeeeee")
     axes[2].axhline(0, color="#bbbbbb", linewidth=0.8)

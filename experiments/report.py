@@ -161,7 +161,7 @@ def gaps(evidence):
     rows = []
 
     def add(label, found):
-        tests = [marker("", values) for values in found]
+        tests = [marker("", values.values()) for values in found]
         if any(one.n > 1 for one in tests):
             rows.append([label, *(one.interval if one.n > 1 else "" for one in tests), max(one.n for one in tests)])
 
@@ -170,14 +170,15 @@ def gaps(evidence):
         equal = {arm: evidence.equal(arm) for arm in weights}
         columns = [{arm: found.get(rate, {}) for arm, found in equal.items()} for rate in RATES]
         columns.append({arm: best_for_others(found) for arm, found in equal.items()})
-        add(label, [evidence.differences(runs, weights) for runs in columns])
-        alike = [evidence.differences(runs, weights, close=True) for runs in columns]
-        if len(alike[-1]) < len(evidence.differences(columns[-1], weights)):
+        everything, alike = ([evidence.differences(runs, weights, close) for runs in columns]
+                             for close in (False, True))
+        add(label, everything)
+        if len(alike[-1]) < len(everything[-1]):
             add(f"{label}, losses alike", alike)
         if chosen and set(weights) <= set(SAME):
             more = {arm: equal[arm].get(chosen[0], {}) | evidence.runs(SAME[arm], "docs") for arm in weights}
             add(f"{label}, with the main pairs",
-                [evidence.differences(more, weights) if rate == chosen[0] else [] for rate in (*RATES, None)])
+                [evidence.differences(more, weights) if rate == chosen[0] else {} for rate in (*RATES, None)])
     return markdown(["difference (95%)", *(f"{rate:g} x" for rate in RATES), "each at its best for the others",
                      "pre-trainings"], rows) if rows else "Not run yet."
 

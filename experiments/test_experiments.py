@@ -581,9 +581,9 @@ def test_differences_are_within_pairs_and_can_leave_out_those_with_unlike_losses
         return result
     evidence, weights = verdicts.Evidence(Made(worse)), {"dense": 1, "pmp": -1}
     runs = {arm: evidence.equal(arm)[4.0] for arm in weights}
-    everything, alike = (evidence.differences(runs, weights, close) for close in (False, True))
+    everything, alike = (list(evidence.differences(runs, weights, close).values()) for close in (False, True))
     assert [round(value / 5) for value in everything] == [6] + [1] * 7 and alike == everything[1:]
-    assert evidence.differences({**runs, "pmp": {200: runs["pmp"][200]}}, weights) == everything[:1]
+    assert evidence.differences({**runs, "pmp": {200: runs["pmp"][200]}}, weights) == {200: everything[0]}
     table = report.gaps(evidence)
     assert "| dense - outsider, losses alike | " in table and "random mask - outsider | " in table
     assert "authorised - outsider, losses alike" not in table  # that is one and the same model

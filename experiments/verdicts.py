@@ -194,16 +194,16 @@ class Evidence:
                 for rate, found in jobs.items()}
 
     def differences(self, runs, weights, close=False):
-        """[sum(weight * accuracy) of the arms of `weights`], one of each pre-training that all have.
+        """{seed: sum(weight * accuracy) of the arms of `weights`} of each pre-training that all have.
 
         runs: {arm: {seed: result}}; close: of those alone whose models' held-out losses differ by less than EQUAL.
         """
         losses = [self.models(name) for name in {ARMS[arm].model for arm in weights}]
-        values = []
+        values = {}
         for seed in sorted(set.intersection(*(set(runs[arm]) for arm in weights))):
             found = [one[seed]["text_loss"] for one in losses if seed in one]
             if not close or found and max(found) - min(found) < EQUAL:
-                values.append(sum(weight * runs[arm][seed]["accuracy"] for arm, weight in weights.items()))
+                values[seed] = sum(weight * runs[arm][seed]["accuracy"] for arm, weight in weights.items())
         return values
 
     def search(self, arm, task):
