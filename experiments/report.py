@@ -20,7 +20,8 @@ from measures import SIZES  # noqa: E402
 from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, START, TRIED,  # noqa: E402
                   choice, jobs, strongest, twin)
 from store import Results  # noqa: E402
-from verdicts import LEAST, MOST, Evidence, accuracies, best_for_others, changes, claims, marker, spell  # noqa: E402
+from verdicts import (LEAST, MOST, Evidence, accuracies, best_for_others, by_seed, changes, claims,  # noqa: E402
+                      growth, marker, spell)
 from glue import mean_and_sd  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
@@ -90,6 +91,36 @@ def models(evidence):
                      f"{100 * np.mean(frozen):.0f} %" if frozen else ""])
     return markdown(["model", "pre-trainings", "held-out loss, nats", "last IoU of stage I", "share in the ticket",
                      "embedding rows wholly frozen"], rows)
+
+
+DIFFER_BY = {  # one thing each: two kinds of models
+    "PMP - dense": ("pmp", "dense"), "random mask - dense": ("random", "dense"), "PMP - random mask": ("pmp", "random"),
+    "mean score - PMP": ("mean", "pmp"), "rho 0.9 - PMP (rho 0.7)": ("rho0.9", "pmp"),
+    "rho 0.5 - PMP (rho 0.7)": ("rho0.5", "pmp"), "GPT-2: PMP - dense": ("gpt2-pmp", "gpt2-dense"),
+    "untied: PMP - dense": ("untied-pmp", "untied-dense"), "literal: PMP - dense": ("literal-pmp", "literal-dense"),
+    "stage I as in the script - PMP": ("stage1", "pmp"), "complement shrunk - PMP": ("shrunk", "pmp"),
+    "base's betas in the script - dense": ("betas", "dense"),
+}
+
+
+def ingredients(evidence):
+    """What one thing changes, within pairs: the held-out loss, and docs after full fine-tuning with one setting."""
+    def tuned(model, setting):
+        own = evidence.runs(model, "docs") if choice(evidence.scale, model, "docs", evidence.results) == setting else {}
+        equal = evidence.equal(model).get(setting[0], {}) if model in EQUAL_RATES else {}
+        return accuracies(own | equal)
+
+    rows = []
+    for label, (first, second) in DIFFER_BY.items():
+        nats = list(evidence.behind(first, second).values())
+        setting = choice(evidence.scale, first, "docs", evidence.results)
+        points = by_seed(tuned(first, setting), tuned(second, setting)) if setting else []
+        loss, docs = marker("", nats), marker("", points)
+        if loss.n > 1:
+            rows.append([label, loss.interval, f"{np.median(nats):.3f}", f"{sum(np.array(nats) > 0)} of {loss.n}",
+                         *([docs.interval, f"{setting[0]:g} x", docs.n] if docs.n > 1 else [""] * 3)])
+    return markdown(["difference", "held-out loss, nats (95%)", "median", "above 0", "docs, points (95%)", "rate",
+                     "pairs tuned"], rows) if rows else "Not run yet."
 
 
 def table1(evidence):
@@ -183,6 +214,27 @@ def gaps(evidence):
                      "pre-trainings"], rows) if rows else "Not run yet."
 
 
+MORE = {  # who forgets more, at equal rates
+    "PMP: outsider / authorised": ("pmp", "pmp + mask"),
+    "dense: everything / inside PMP's mask": ("dense", "dense in mask, same"),
+    "outsider / dense": ("pmp", "dense"),
+}
+
+
+def forgetting(evidence):
+    """Docs at equal rates: log ratios of the rise of the pre-training loss, within pairs."""
+    rows = []
+    for label, pair in MORE.items():
+        tests = []
+        for rate in RATES:
+            rises = [evidence.rises(arm, evidence.equal(arm).get(rate, {})) for arm in pair]
+            tests.append(marker("", by_seed(*rises, partial(growth, least=LEAST["rise"]))))
+        if any(one.n > 1 for one in tests):
+            rows.append([label, *(one.interval if one.n > 1 else "" for one in tests), max(one.n for one in tests)])
+    return markdown(["log ratio (95%)", *(f"{rate:g} x" for rate in RATES), "pre-trainings"],
+                    rows) if rows else "Not run yet."
+
+
 def recovery(evidence):
     """Guesses at the mask."""
     rows = []
@@ -268,9 +320,9 @@ def steps(evidence):
                     rows) if rows else "Not run yet."
 
 
-TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "table1": table1,
-          "arms": arms, "equal": equal, "gaps": gaps, "geometry": geometry, "steps": steps, "recovery": recovery,
-          "adversaries": adversaries}
+TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "ingredients": ingredients,
+          "table1": table1, "arms": arms, "equal": equal, "gaps": gaps, "forgetting": forgetting,
+          "geometry": geometry, "steps": steps, "recovery": recovery, "adversaries": adversaries}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

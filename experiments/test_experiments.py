@@ -587,6 +587,11 @@ def test_differences_are_within_pairs_and_can_leave_out_those_with_unlike_losses
     table = report.gaps(evidence)
     assert "| dense - outsider, losses alike | " in table and "random mask - outsider | " in table
     assert "authorised - outsider, losses alike" not in table  # that is one and the same model
+    line = next(line for line in report.ingredients(evidence).splitlines() if line.startswith("| PMP - dense "))
+    nats, _, _, points, rate, pairs = line.strip("| ").split(" | ")[1:]
+    assert float(nats.split()[0]) == pytest.approx(0.2 / 16, abs=2e-3) and (rate, pairs) == ("2 x", "13")
+    assert float(points.split()[0]) == pytest.approx(-(12 * 5 + 30) / 13, abs=0.5)
+    assert "| outsider / dense | " in report.forgetting(evidence)
 
 
 def test_the_best_rate_for_the_others_is_chosen_without_the_pair_that_it_judges():
