@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 from measures import BINS, PLACES, SIZES
-from plan import EQUAL_RATES, MAIN
-from verdicts import EQUAL, accuracies
+from plan import EQUAL_RATES, MAIN, choice
+from verdicts import EQUAL, accuracies, by_ratio
 from runtime.files import UserError, atomic
 
 # one colour for each meaning in all pictures; their lightness differs, too, so that they can be told in grey
@@ -108,11 +108,16 @@ def strips(evidence, arms, path):
 
 
 def anatomy(evidence, path):
-    """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows."""
+    """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows.
+
+    All with PMP's setting on docs; on word order each with its own.
+    """
     figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
+    setting = choice(evidence.scale, "pmp", "docs", evidence.results)
     for axis, task in zip(axes, MAIN):
         for arm in ("dense", "random", "pmp", "mean", "rho0.9", "rho0.5"):
-            losses, scores = evidence.models(arm), evidence.accuracy(arm, task)
+            scores = evidence.tuned(arm, setting) if task == "docs" else evidence.accuracy(arm, task)
+            losses = evidence.models(arm)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
             if len(points):
                 dots(axis, *points.T, COLOURS[arm], arm)
@@ -153,13 +158,15 @@ def figure3(evidence, path):
 def figure4(evidence, path):
     """Fine-tuned accuracy against the mask ratio, the learning rate and the epochs."""
     figure, axes = subplots(len(MAIN), 3, figsize=(10, 5.6), squeeze=False)
+    found = by_ratio(evidence)
+    if found[1.0]:
+        for seed in found[1.0]:
+            axes[0, 0].plot(list(found), [found[rho][seed] for rho in found], "o", color=COLOURS["pmp"], alpha=0.5)
+        axes[0, 0].plot(list(found), [np.mean(list(one.values())) for one in found.values()], color=COLOURS["pmp"])
+    axes[0, 0].set(xlabel="rho", ylabel="docs: accuracy, %", xticks=list(found))
+    axes[1, 0].axis("off")  # ratios are tried on docs alone
     for line, task in zip(axes, MAIN):
-        ratios = {1.0: "dense", 0.9: "rho0.9", 0.7: "pmp", 0.5: "rho0.5"}
-        found = {rho: list(evidence.accuracy(arm, task).values()) for rho, arm in ratios.items()}
-        found = {rho: values for rho, values in found.items() if values}
-        line[0].errorbar(list(found), [np.mean(values) for values in found.values()],
-                         [np.std(values) for values in found.values()], marker="o", color=COLOURS["pmp"], capsize=2)
-        line[0].set(xlabel="rho", ylabel=f"{task}: accuracy, %")
+        line[1].set(ylabel=f"{task}: accuracy, %")
         for axis, which, label in ((line[1], 0, "rate, times the default"), (line[2], 1, "epochs")):
             ticks = set()
             for arm in ("dense", "pmp"):

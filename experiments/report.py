@@ -105,16 +105,11 @@ DIFFER_BY = {  # one thing each: two kinds of models
 
 def ingredients(evidence):
     """What one thing changes, within pairs: the held-out loss, and docs after full fine-tuning with one setting."""
-    def tuned(model, setting):
-        own = evidence.runs(model, "docs") if choice(evidence.scale, model, "docs", evidence.results) == setting else {}
-        equal = evidence.equal(model).get(setting[0], {}) if model in EQUAL_RATES else {}
-        return accuracies(own | equal)
-
     rows = []
     for label, (first, second) in DIFFER_BY.items():
         nats = list(evidence.behind(first, second).values())
         setting = choice(evidence.scale, first, "docs", evidence.results)
-        points = by_seed(tuned(first, setting), tuned(second, setting)) if setting else []
+        points = by_seed(evidence.tuned(first, setting), evidence.tuned(second, setting))
         loss, docs = marker("", nats), marker("", points)
         if loss.n > 1:
             rows.append([label, loss.interval, f"{np.median(nats):.3f}", f"{sum(np.array(nats) > 0)} of {loss.n}",

@@ -578,6 +578,8 @@ def test_differences_are_within_pairs_and_can_leave_out_those_with_unlike_losses
             result["text_loss"] += 0.2 * bad
         if job.kind == "tune" and job.what["arm"] == "pmp":
             result["accuracy"] -= 30 if bad else 5
+        if job.kind == "tune" and job.what["epochs"] == 8:  # so that all arms choose what equal rates have
+            result["accuracy"] += 5
         return result
     evidence, weights = verdicts.Evidence(Made(worse)), {"dense": 1, "pmp": -1}
     runs = {arm: evidence.equal(arm)[4.0] for arm in weights}

@@ -14,6 +14,7 @@ from plan import (ARMS, CHOOSING, EQUAL_RATES, MAIN, RHO, TRIED, candidates, cho
 
 TENTH, EQUAL, CLOSE, OVERLAP, TELLING = 0.1, 0.05, 0.02, 0.1, 0.6  # margins: see the protocol
 DRAWS = 2000  # of the bootstrap
+RATIOS = {0.5: "rho0.5", 0.7: "pmp", 0.9: "rho0.9", 1.0: "dense"}
 MOST = 1000  # pre-trainings: nobody will make more
 
 # -----------------------------------------------------------------------------
@@ -192,6 +193,15 @@ class Evidence:
         jobs = {rate: equal_jobs(self.scale, arm, rate, self.results) for rate in EQUAL_RATES[arm]}
         return {rate: {job.what["seed"]: result for job in found if (result := self.results.get(job))}
                 for rate, found in jobs.items()}
+
+    def tuned(self, model, setting):
+        """{seed: accuracy} on docs after full fine-tuning of a kind of model with a setting, (rate, epochs)."""
+        found = {}
+        if setting and model in EQUAL_RATES and setting[1] == max(self.scale.epochs):
+            found = self.equal(model).get(setting[0], {})
+        if setting and choice(self.scale, model, "docs", self.results) == setting:
+            found = self.runs(model, "docs") | found
+        return accuracies(found)
 
     def differences(self, runs, weights, close=False):
         """{seed: sum(weight * accuracy) of the arms of `weights`} of each pre-training that all have.
@@ -384,17 +394,21 @@ def best_arms(evidence, task):
                  for arms in (map(twin, ours), ours))
 
 
+def by_ratio(evidence):
+    """{rho: {seed: accuracy}} on docs, of the seeds that all ratios have, with PMP's rate and epochs."""
+    setting = choice(evidence.scale, "pmp", "docs", evidence.results)
+    scores = {rho: evidence.tuned(model, setting) for rho, model in RATIOS.items()}
+    seeds = sorted(set.intersection(*map(set, scores.values())))
+    return {rho: {seed: found[seed] for seed in seeds} for rho, found in scores.items()}
+
+
 def slope(evidence):
-    """Of accuracy on docs over rho, by least squares, in percent of the gain. All have PMP's rate and epochs."""
+    """Of accuracy on docs over rho, by least squares, in percent of the gain."""
     gain, clear = evidence.gain("docs")
-    pair = choice(evidence.scale, "pmp", "docs", evidence.results)
-    scores = {0.5: evidence.accuracy("rho0.5", "docs"), 0.9: evidence.accuracy("rho0.9", "docs")}
-    for rho, arm in ((0.7, "pmp"), (1.0, "dense")):
-        scores[rho] = accuracies(evidence.equal(arm).get(pair[0], {})) if pair else {}
+    scores = by_ratio(evidence)
     weights = {rho: rho - np.mean(list(scores)) for rho in scores}
     total = sum(weight**2 for weight in weights.values())
-    values = [sum(weight * scores[rho][seed] for rho, weight in weights.items()) / total
-              for seed in sorted(set.intersection(*map(set, scores.values())))]
+    values = [sum(weight * scores[rho][seed] for rho, weight in weights.items()) / total for seed in scores[1.0]]
     return share("docs", values, gain, clear, planned=evidence.planned("rho0.5", "rho0.9"))
 
 
