@@ -39,6 +39,13 @@ def spread(values, unit=""):
     return mean_and_sd(values) + unit if values else ""
 
 
+def intervals(label, samples):
+    """[A row of a table]: the interval of each sample, and of how many pre-trainings; [] where none has two."""
+    tests = [marker("", values) for values in samples]
+    most = max((one.n for one in tests), default=0)
+    return [[label, *(one.interval if one.n > 1 else "" for one in tests), most]] if most > 1 else []
+
+
 def state(evidence):
     """How far the plan is done."""
     found, waiting = jobs(evidence.scale, evidence.results)
@@ -187,9 +194,7 @@ def gaps(evidence):
     rows = []
 
     def add(label, found):
-        tests = [marker("", values.values()) for values in found]
-        if any(one.n > 1 for one in tests):
-            rows.append([label, *(one.interval if one.n > 1 else "" for one in tests), max(one.n for one in tests)])
+        rows.extend(intervals(label, [values.values() for values in found]))
 
     chosen = choice(evidence.scale, "dense", "docs", evidence.results)
     for label, weights in DIFFERENCES.items():
@@ -220,12 +225,11 @@ def forgetting(evidence):
     """Docs at equal rates: log ratios of the rise of the pre-training loss, within pairs."""
     rows = []
     for label, pair in MORE.items():
-        tests = []
+        logs = []
         for rate in RATES:
             rises = [evidence.rises(arm, evidence.equal(arm).get(rate, {})) for arm in pair]
-            tests.append(marker("", by_seed(*rises, partial(growth, least=LEAST["rise"]))))
-        if any(one.n > 1 for one in tests):
-            rows.append([label, *(one.interval if one.n > 1 else "" for one in tests), max(one.n for one in tests)])
+            logs.append(by_seed(*rises, partial(growth, least=LEAST["rise"])))
+        rows += intervals(label, logs)
     return markdown(["log ratio (95%)", *(f"{rate:g} x" for rate in RATES), "pre-trainings"],
                     rows) if rows else "Not run yet."
 
@@ -308,9 +312,7 @@ def steps(evidence):
         seeds = sorted(set.intersection(*map(set, found.values())))
         logs = [sum(power * np.arcsinh(found[key][seed] / LEAST["step"]) for key, power in powers.items())
                 for seed in seeds]
-        if len(logs) > 1:
-            tests = [marker("", column) for column in np.transpose(logs)]
-            rows.append([label, *(one.interval for one in tests), len(logs)])
+        rows += intervals(label, np.transpose(logs))
     return markdown(["log ratio (95%)", *(f"step {size:g}" for size in SIZES), "pre-trainings"],
                     rows) if rows else "Not run yet."
 

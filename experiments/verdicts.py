@@ -196,11 +196,9 @@ class Evidence:
 
     def tuned(self, model, setting):
         """{seed: accuracy} on docs after full fine-tuning of a kind of model with a setting, (rate, epochs)."""
-        found = {}
+        found = self.runs(model, "docs") if choice(self.scale, model, "docs", self.results) == setting else {}
         if setting and model in EQUAL_RATES and setting[1] == max(self.scale.epochs):
-            found = self.equal(model).get(setting[0], {})
-        if setting and choice(self.scale, model, "docs", self.results) == setting:
-            found = self.runs(model, "docs") | found
+            found |= self.equal(model).get(setting[0], {})
         return accuracies(found)
 
     def differences(self, runs, weights, close=False):
