@@ -22,6 +22,7 @@ import time
 import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from data.tokenizer import Tokenizer
 from model import FAMILIES, Conv1D, initialise
 from pmp import MaskedAdamW, load_mask
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
-from runtime.files import Results, UserError, atomic, disk_errors, is_name
+from runtime.files import Results, UserError, atomic, disk_errors, is_name, lock
 from runtime.http import Failed, Refused, get, repeat
 from runtime.huggingface import load_folder
 from runtime.machine import Machine
@@ -106,13 +107,23 @@ COLUMNS = [column for task in TASKS.values() for column in task.columns]
 def fetch(name, folder=CACHE):
     """Put the official files of task `name` under `folder`, laid out as the zips are, unless they are there already.
 
-    Raises UserError when the address cannot be reached, sends something else, or the disk is full.
+    Waits while another process does it. Raises UserError when the address cannot be reached, sends something else, or
+    the disk is full.
     """
-    task, folder = TASKS[name], Path(folder)
-    if all((folder / file).exists() for file in task.files):
-        return
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    while not all((folder / file).exists() for file in TASKS[name].files):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder.with_name(folder.name + ".lock")) as mine:
+            if mine:
+                fetch_files(name, folder)
+        if not mine:
+            time.sleep(1)
+
+
+def fetch_files(name, folder):
+    """fetch, by one process alone."""
+    task = TASKS[name]
     for file, (size, sha256) in task.downloads.items():
         address = MRPC_URL if file.startswith("msr_") else GLUE_URL
         download(address + file, folder / file, size, sha256)
@@ -859,7 +870,7 @@ EXAMPLES = """examples:
 
 
 def main(argv=None):
-    join_ranks()
+    join_ranks(timedelta(days=7))  # ranks whose runs are done wait for those of the others
     args, settings = from_first(parse, argv)
     machine = Machine(args.device, args.dtype)
     results = Results(args.results)

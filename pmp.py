@@ -293,9 +293,11 @@ class MaskedAdamW:
             end = "." + name
             found = {key.removeprefix("optimizer.").removesuffix(end): value for key, value in tensors.items()
                      if key.startswith("optimizer.") and key.endswith(end)}
-            # copies, for `tensors` may be views of a file; "step" is a single number
-            self.optimizer.state[p] = {key: split_like(p, value.clone()) if value.ndim else value.clone()
-                                       for key, value in found.items()}
+            # copies, for `tensors` may be views of a file; "step" is a single number, which a fused AdamW wants on p's
+            # device, too
+            copies = {key: value.to(p.device, copy=True) for key, value in found.items()}
+            self.optimizer.state[p] = {key: split_like(p, value) if value.ndim else value
+                                       for key, value in copies.items()}
 
 
 def learning_rate(step, config):
@@ -592,8 +594,11 @@ def plan(config):
     print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")
     print(f"memory of each process, without activations: {sum(memory.values()) / 2**30:.2f} GiB ("
           + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in memory.items() if size) + ")")
-    print(f"disk: {(16 * d + d / 4 + 2 * tokens) / 2**30:.2f} GiB (checkpoint {12 * d / 2**30:.2f}, release "
-          f"{4 * d / 2**30:.2f}, text {2 * tokens / 2**30:.2f})")
+    mask = d / 8 if config.rho < 1 else 0
+    checkpoint, text = 12 * d + mask, 2 * tokens
+    print(f"disk: {(2 * checkpoint + mask + text) / 2**30:.2f} GiB at most, while a new checkpoint is written beside "
+          f"the old one (a checkpoint {checkpoint / 2**30:.2f}, text {text / 2**30:.2f}, "
+          f"the release {4 * d / 2**30:.2f})")
     model = build(shape, machine.device)
     initialise(model, b"plan")
     idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=machine.device)
@@ -645,6 +650,7 @@ def default_text(f):
 def new_run(config, folder):
     """Draw the secret of theta(0), and write down what the run is before it begins."""
     folder.check_unused()
+    config.dtype = Machine(config.device, config.dtype).dtype  # resumed elsewhere, "auto" could be another one
     secret = from_first(secrets.token_bytes, 32)
     if config.init_seed is not None:
         secret = f"init-seed {config.init_seed}".encode()

@@ -61,7 +61,7 @@ from glue import add_lora, merge_lora
 from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
 from runtime import http, tensors
 from runtime.console import Progress, command_line
-from runtime.files import UserError, atomic
+from runtime.files import UserError, atomic, lock
 from runtime.folder import Folder
 from runtime.huggingface import config_from_dict, config_to_dict, load_folder, save_folder
 from runtime.machine import Machine
@@ -1095,6 +1095,21 @@ def test_on_the_ticket_it_is_adamw_written_out_with_the_mask_and_without_one_tha
     assert masked or all(torch.allclose(p, reference[name], atol=1e-6) for name, p in params.items())
 
 
+def test_a_checkpoint_is_loaded_onto_the_device_of_the_weights():
+    states = []
+    for device in ("cpu", "meta"):  # meta stands for a GPU
+        params = {"w": torch.nn.Parameter(torch.ones(2, 2, device=device))}
+        optimizer = pmp.MaskedAdamW(params, None, 0.1)
+        if states:
+            optimizer.load_state(states[0])
+        else:
+            params["w"].grad = torch.ones(2, 2)
+            optimizer.step(0.1)
+        states.append(optimizer.state())
+    assert states[0].keys() == states[1].keys() and len(states[0]) == 3
+    assert {value.device.type for value in states[1].values()} == {"meta"}
+
+
 def test_an_infinite_gradient_changes_nothing():
     params = {"w": torch.nn.Parameter(torch.ones(2, 2))}
     params["w"].grad = torch.tensor([[1.0, math.inf], [0, 0]])
@@ -1449,6 +1464,8 @@ def test_a_plan_writes_nothing_and_counts_what_a_run_would_take(tmp_path, monkey
     attention = 4 * (2 * 192 * 33 / 2) * 2 * 3  # q k^T and weights v, 16.5 keys in the mean; backward twice more
     assert model.flops_per_token(32) == pytest.approx(6 * (blocks + 192 * 4096) + attention, rel=1e-3)
     assert f"FLOPs: {134_400 * model.flops_per_token(32):.2e}" in text
+    d = 2_410_176  # two checkpoints: weights and moments at four bytes, a bit of the mask; the mask again; text at two
+    assert f"disk: {(2 * (12 * d + d / 8) + d / 8 + 2 * 134_400) / 2**30:.2f} GiB" in text
 
 
 def test_help_and_the_progress_line_fit_80_columns_and_a_default_that_was_not_typed_gives_way(monkeypatch, capsys):
@@ -1773,6 +1790,18 @@ def test_a_download_goes_on_where_it_stopped_or_starts_again_and_is_checked_unpa
     assert {len(rows) for rows in glue.load_task("rte", tmp_path).values()} == {2000}
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["RTE/dev.tsv", "RTE/train.tsv"]
+
+
+def test_while_another_process_fetches_a_task_this_one_waits(site, monkeypatch, tmp_path):
+    def arrives(seconds):
+        (tmp_path / "RTE").mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / "RTE" / f"{split}.tsv").write_text("")
+    monkeypatch.setattr(glue.time, "sleep", arrives)
+    with lock(tmp_path.with_name(tmp_path.name + ".lock")) as mine:
+        assert mine
+        glue.fetch("rte", tmp_path)
+    assert not site.asked and (tmp_path / "RTE" / "dev.tsv").exists()
 
 
 def test_a_wrong_checksum_or_size_never_lands_nor_fills_the_disk(site, monkeypatch, tmp_path):

@@ -270,7 +270,7 @@ class Adversary:
 
 
 class Stepper:
-    """Any torch optimizer with the step() of MaskedAdamW.
+    """Any torch optimizer with the step() of MaskedAdamW, without weight decay.
 
     scale(name, height) multiplies the learning rate of a parameter; height is 0 at the embedding, 1 at the head.
     """
@@ -323,8 +323,8 @@ def other(build, scale=lambda name, height: 1.0):
 
 
 def only(*parts):
-    """AdamW on the parameters whose name has one of `parts`, and on the head."""
-    return other(ADAMW, lambda name, height: float("head" in name or any(part in name for part in parts)))
+    """AdamW on the parameters whose name has one of `parts`."""
+    return other(ADAMW, lambda name, height: float(any(part in name for part in parts)))
 
 
 class PublicText:
@@ -423,10 +423,10 @@ PLAIN = [
     Adversary("batch of 8", settings={"batch_size": 8}, rate=0.5),
     Adversary("no clipping, no weight decay", settings={"clip": float("inf"), "weight_decay": 0.0}),
     Adversary("strong weight decay", settings={"weight_decay": 1.0}),
-    Adversary("attention and head", optimizer=only("attn")),
-    Adversary("MLP and head", optimizer=only("mlp")),
-    Adversary("norms and head", optimizer=only("norm", "ln_"), rate=10.0),
-    Adversary("all but embedding", optimizer=only("attn", "mlp", "norm", "ln_")),
+    Adversary("attention alone", optimizer=only("attn")),
+    Adversary("MLP alone", optimizer=only("mlp")),
+    Adversary("norms alone", optimizer=only("norm", "ln_"), rate=10.0),
+    Adversary("all but embedding and head", optimizer=only("attn", "mlp", "norm", "ln_")),
     Adversary("upper half only", optimizer=other(ADAMW, lambda name, height: float(height > 0.5))),
     Adversary("layer-wise rates", optimizer=other(ADAMW, lambda name, height: 10 ** (height - 1)), rate=3.0),
     Adversary("continued pre-training, 50 updates", change=partial(continue_pretraining, updates=50)),

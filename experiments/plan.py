@@ -1,4 +1,4 @@
-"""What a scale consists of: models, tasks, arms, searches, measurements. PROTOCOL.md in code; nothing here computes.
+"""What a scale consists of: models, tasks, arms, searches, measurements. PROTOCOL.md in code; nothing here is trained.
 
 `jobs(scale, results)` lists every piece of work in order. run.py does what `results` lacks; report.py reads it.
 """
@@ -227,7 +227,8 @@ def model_job(scale, name, seed, results):
 def matched_share(scale, results):
     """The share of the updates at which an untied dense model has the held-out loss of the untied PMP model.
 
-    The means of the choosing seeds are joined by straight lines.
+    The means of the choosing seeds are joined by straight lines. Beyond these it is the nearest end: what is left of a
+    difference stands in the report's table of differences.
     """
     jobs = {name: [model_job(scale, name, seed, results) for seed in CHOOSING] for name in MATCHERS}
     losses = {name: [results.get(job) for job in found] for name, found in jobs.items()}
@@ -251,6 +252,8 @@ def tune_job(scale, arm, seed, task, rate, epochs, on, results):
 @remembered
 def candidates(scale, arm, task, results):
     """{(rate, epochs): [jobs of the choosing seeds]} of an arm's search, as far as it is known."""
+    task = TASKS[task].like or task
+
     def jobs_of(pairs):
         seeds = TRYING if arm in OUTSIDERS else CHOOSING
         return {pair: [tune_job(scale, arm, seed, task, *pair, "choose", results) for seed in seeds] for pair in pairs}
@@ -285,7 +288,7 @@ def choice(scale, arm, task, results):
     """(rate, epochs) of an arm on a task, or None while its search is not done."""
     if ARMS[arm].how == "base":
         return 0.0, 0
-    arm, task = ARMS[arm].like or arm, TASKS[task].like or task
+    arm = ARMS[arm].like or arm
     grid = candidates(scale, arm, task, results)
     if twin(arm):  # one setting for both models, by the mean of the two
         other = candidates(scale, twin(arm), task, results)

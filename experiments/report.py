@@ -104,7 +104,9 @@ DIFFER_BY = {  # one thing each: two kinds of models
     "PMP - dense": ("pmp", "dense"), "random mask - dense": ("random", "dense"), "PMP - random mask": ("pmp", "random"),
     "mean score - PMP": ("mean", "pmp"), "rho 0.9 - PMP (rho 0.7)": ("rho0.9", "pmp"),
     "rho 0.5 - PMP (rho 0.7)": ("rho0.5", "pmp"), "GPT-2: PMP - dense": ("gpt2-pmp", "gpt2-dense"),
-    "untied: PMP - dense": ("untied-pmp", "untied-dense"), "literal: PMP - dense": ("literal-pmp", "literal-dense"),
+    "untied: PMP - dense": ("untied-pmp", "untied-dense"),
+    "untied: PMP - dense that stopped early": ("untied-pmp", "untied-matched"),
+    "literal: PMP - dense": ("literal-pmp", "literal-dense"),
     "stage I as in the script - PMP": ("stage1", "pmp"), "complement shrunk - PMP": ("shrunk", "pmp"),
     "base's betas in the script - dense": ("betas", "dense"),
 }

@@ -104,7 +104,7 @@ class Workshop:
         """Train a model, or go on with it, where its folder has no release."""
         flags, out = model_flags(self.scale, name, seed, self.results), self.work / f"{name}-{seed}"
         flags |= {"data": self.path, "out": out, "device": self.device}
-        if (out / "release" / "model.safetensors").exists():
+        if (out / "release" / "tokenizer.json").exists():  # what is written last
             return
         if MODELS[name].change == "shrunk":
             shutil.rmtree(out, ignore_errors=True)  # its optimizer cannot go on where it was
@@ -122,6 +122,10 @@ class Workshop:
             masks = pmp.load_mask(mask, dict(body.named_parameters())) if mask.exists() else None
             masks = masks and {key: m.to(self.machine.device) for key, m in masks.items()}
             found = Release(name, seed, out, body.to(self.machine.device), Tokenizer.load(out / "release"), masks)
+            flags, config = model_flags(self.scale, name, seed, self.results), found.record["config"]
+            if any(config[flag] != flags[flag] for flag in flags.keys() - {"data", "seed", "init_seed"}):
+                raise UserError(f"{out} was trained with other settings than the plan has now: delete it, or name "
+                                "another --work")
             known = self.results.get(model_job(self.scale, name, seed, self.results))
             if known and known["weights"] != found.weights:
                 raise UserError(f"{out} is not the model of the results in {self.results.folder}, which was trained on "
@@ -165,12 +169,18 @@ class Workshop:
                 folder = standin(self.work, source, train=rows, dev=judge)
                 found = encode_task("cola", folder, tokenizer, task.length)
             else:
-                folder = self.glue_dir or CACHE
-                if not self.glue_dir:
-                    fetch(name, folder)
-                found = encode_task(name, folder, tokenizer, task.length)
+                found = encode_task(name, self.glue(name), tokenizer, task.length)
             self.tasks[name, on] = found
         return self.tasks[name, on]
+
+    def glue(self, name):
+        """The folder with a GLUE task's TSVs. With prose, which needs no network, it is the stand-in's."""
+        if self.glue_dir:
+            return self.glue_dir
+        if self.data == "prose":
+            return standin(self.work, open_source("prose"))
+        fetch(name, CACHE)
+        return CACHE
 
 
 def docs(tokenizer, on, rows, judge, length):

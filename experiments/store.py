@@ -1,4 +1,4 @@
-"""Reads what run.py has found: results/SCALE/KIND.jsonl, one result a line. It never computes or writes a model."""
+"""The results: results/SCALE/KIND.jsonl, one a line. run.py claims jobs and appends; all others only read."""
 
 import json
 import os

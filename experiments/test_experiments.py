@@ -220,6 +220,23 @@ def test_results_refuse_other_models_and_models_of_other_text(shop):
         run.Workshop(shop.scale, shop.results, shop.work, data="other.txt", device="cpu")
 
 
+def test_a_model_that_was_trained_with_other_settings_is_refused(shop, monkeypatch):
+    monkeypatch.setitem(plan.MODELS, "pmp", plan.Model({"rho": 0.6}))
+    with pytest.raises(UserError, match="pmp-0 was trained with other settings"):
+        shop.release("pmp", 0)
+
+
+def test_glue_comes_from_a_folder_or_the_network_but_with_prose_from_neither(shop, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "fetch", lambda name, folder: asked.append(name))
+    monkeypatch.setattr(run, "standin", lambda *_: "made")
+    assert shop.glue("rte") == run.CACHE and asked == ["rte"]
+    shop.data = "prose"
+    assert shop.glue("rte") == "made"
+    shop.glue_dir = "given"
+    assert shop.glue("rte") == "given" and asked == ["rte"]
+
+
 def tuned(shop, arm, task="docs", rate=10.0, epochs=6):
     return run.tune(shop, plan.tune_job(shop.scale, arm, 0, task, rate, epochs, "judge", shop.results))
 
@@ -406,9 +423,11 @@ def test_each_adversary_changes_what_it_says(shop):
         moved = differs(body, before)
         outside = sum(int((moved[name] & ~masks[name]).sum()) for name in masks) if masks else 0
         assert any(m.any() for m in moved.values()) and outside == 0, how
-        if how == "attention and head":
-            assert {name for name, m in moved.items() if m.any()} == {
-                name for name in params if "attn" in name or "head" in name}
+        if how == "attention alone":
+            assert {name for name, m in moved.items() if m.any()} == {name for name in params if "attn" in name}
+    for how, updates in (("LoRA, rank 4", 7), ("full, three times the epochs", 21),
+                         ("continued pre-training of the suspected ticket", 7)):
+        assert tuned(shop, f"pmp: {how}", epochs=1)["updates"] == updates
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -522,6 +541,22 @@ def test_the_error_of_a_contrast_has_the_error_of_the_choice():
     errors = [verdicts.Evidence(Made(lambda job: two(job, agree))).contrast({"pmp": 1}, "docs")[1]
               for agree in (True, False)]
     assert errors[0] < 0.02 and errors[1] > 0.5
+
+
+def test_adversaries_of_both_models_share_the_error_of_their_common_choice():
+    """The best rate of each model alone is the same for both seeds; that of their mean is not."""
+    at_best = {("dense", 208): (80, 70), ("dense", 209): (80, 79), ("pmp", 208): (79, 80), ("pmp", 209): (69, 80)}
+
+    def two(job):
+        what = job.what
+        if what.get("on") != "choose" or what["arm"] not in plan.OUTSIDERS:
+            return no_effect(job)
+        low, high = at_best[what["arm"].split(":")[0], what["seed"]]
+        return {"accuracy": {0.5: low, 1.0: 0, 2.0: high}[what["rate"] / best]}
+    best = plan.choice(plan.SCALES["laptop"], "pmp", "docs", Made(no_effect))[0]
+    evidence = verdicts.Evidence(Made(two))
+    assert plan.choice(evidence.scale, "pmp: Lion", "docs", evidence.results)[0] == 2 * best
+    assert evidence.contrast({"dense: Lion": 1, "pmp: Lion": -1}, "docs")[1] > 2
 
 
 def test_updates_to_reach_a_goal_by_hand():

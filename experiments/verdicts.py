@@ -240,9 +240,11 @@ class Evidence:
         for arm, weight in weights.items():
             if grid := self.search(arm, task):
                 table = np.array(list(grid.values()))  # (pairs, choosing seeds)
-                means = table.mean(1)
-                taken = table[:, choosing].mean(2).argmax(0)  # of each draw
-                drawn = drawn + weight * (means[taken] - means.max())
+                judge = table
+                if twin(arm):  # both models have the pair that is best for their mean
+                    judge = (table + np.array(list(self.search(twin(arm), task).values()))) / 2
+                means, taken = table.mean(1), judge[:, choosing].mean(2).argmax(0)  # of each draw
+                drawn = drawn + weight * (means[taken] - means[judge.mean(1).argmax()])
         return values, float(drawn.std()) * math.sqrt(len(seeds) / (len(seeds) - 1))
 
     def gain(self, task, full="dense", scratch="scratch"):
@@ -258,7 +260,7 @@ class Evidence:
         for task in tasks:
             gain, clear = self.gain(task, full, scratch)
             test = dict(weights)
-            if margin:  # a share of each pair's own gain
+            if margin:  # a share of each pair's own gain, so that the test is against 0
                 test[full] = test.get(full, 0) - margin
                 test[scratch] = test.get(scratch, 0) + margin
             values, error = self.contrast(test, task)
@@ -267,7 +269,7 @@ class Evidence:
                 found.append(Marker(label, unit="% of the gain", margin=100 * margin))
                 continue
             one = share(label, values, gain, clear, error, planned=self.planned(*test))
-            one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin
+            one.estimate, one.margin = one.estimate + 100 * margin, 100 * margin  # as it is shown
             found.append(one)
         return found
 

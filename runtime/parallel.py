@@ -17,14 +17,16 @@ from .files import UserError
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def join_ranks():
-    """Become one of torchrun's ranks. Only rank 0 prints; errors go to stderr on any of them."""
+def join_ranks(limit=timedelta(minutes=30)):
+    """Become one of torchrun's ranks. Only rank 0 prints; errors go to stderr on any of them.
+
+    limit: of waiting for another rank. A dead one closes its connections, which the others notice at once, so this is
+    for one that hangs. Half an hour leaves time to write a large checkpoint.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    # A dead rank closes its connections, which the others notice at once. The limit is for one that hangs; it leaves
-    # time to write a large checkpoint, for which the others wait.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=limit)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
