@@ -428,6 +428,7 @@ def table(results, paper=False, standin=False, epoch="last"):
 
 
 def table_row(name, texts):
+    """A line of `table`: a name and its columns."""
     return (f"{name:<11}" + "".join(f" {text:<11}" for text in texts)).rstrip()
 
 

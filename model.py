@@ -387,23 +387,28 @@ MATRICES = ("wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight",
 NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight")  # and layernorm.weight
 
 
-def initial_value(model, name, shape, secret):
-    """theta(0) of one parameter as an fp32 tensor on the CPU; a name that no rule covers raises KeyError.
+def initial_std(model, name):
+    """The standard deviation that a parameter of theta(0) is drawn with; 0 for a constant: norm gains and biases.
 
-    N(0, 0.02), the residual projections scaled by 1/sqrt(2L); norm gains 1, biases 0. Each parameter has a stream of
-    its own, so that any of them can be redrawn alone, on any machine.
+    0.02, of the residual projections 0.02/sqrt(2L). A name that no rule covers raises KeyError.
     """
-    layers = len(model.blocks())
     if name.endswith(RESIDUAL):
-        std = 0.02 / math.sqrt(2 * layers)
-    elif name.endswith(MATRICES):
-        std = 0.02
-    elif name.endswith(NORMS):
-        return torch.ones(shape)
-    elif name.endswith(".bias"):
-        return torch.zeros(shape)
-    else:
-        raise KeyError(f"no initialisation rule for parameter {name}")
+        return 0.02 / math.sqrt(2 * len(model.blocks()))
+    if name.endswith(MATRICES):
+        return 0.02
+    if name.endswith((*NORMS, ".bias")):
+        return 0.0
+    raise KeyError(f"no initialisation rule for parameter {name}")
+
+
+def initial_value(model, name, shape, secret):
+    """theta(0) of one parameter as an fp32 tensor on the CPU: N(0, initial_std), norm gains 1, biases 0.
+
+    Each parameter has a stream of its own, so that any of them can be redrawn alone, on any machine.
+    """
+    std = initial_std(model, name)
+    if not std:
+        return torch.ones(shape) if name.endswith(NORMS) else torch.zeros(shape)
     draw = std * secret_generator(secret, name).standard_normal(tuple(shape))  # float64
     # Rounded to fp32 once. A product of two fp32 numbers would leave gaps: for std 0.02, some 22% of the fp32 numbers
     # whose mantissa is in [1.28, 2) are the product of no fp32 z. A trained weight lands in them, a frozen one never.

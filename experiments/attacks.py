@@ -16,7 +16,7 @@ import torch
 from measures import auc, gradient
 
 from glue import Settings, default_rate, fit
-from model import RESIDUAL, initial_value, initialise
+from model import initial_std, initial_value, initialise
 from pmp import MaskedAdamW, iou, random_mask, topk_mask
 
 # -----------------------------------------------------------------------------
@@ -29,6 +29,7 @@ def gradient_score(shop, release, batches):
 
 
 def added_gradients(shop, release, body, batches):
+    """{name: the sum of |gradient| of `body` over mini-batches of public text}."""
     scores = {name: torch.zeros_like(p) for name, p in body.named_parameters()}
     for index in range(batches):
         for name, g in gradient(body, shop.public(release, index), shop.machine).items():
@@ -37,6 +38,7 @@ def added_gradients(shop, release, body, batches):
 
 
 def magnitude_score(shop, release):
+    """The weights' size: training makes weights larger."""
     return {name: p.detach().abs() for name, p in release.body.named_parameters()}
 
 
@@ -44,13 +46,6 @@ def initial_spread(release):
     """{name: standard deviation of theta(0)}, which is public: any secret will do to measure it."""
     return {name: float(initial_value(release.body, name, p.shape, b"public").std(correction=0))
             for name, p in release.body.named_parameters()}
-
-
-def exact_spread(release):
-    """{name: the standard deviation that theta(0) is drawn with}; 0 where it is a constant."""
-    residual = 0.02 / math.sqrt(2 * len(release.body.blocks()))
-    return {name: 0.0 if not spread else residual if name.endswith(RESIDUAL) else 0.02
-            for name, spread in initial_spread(release).items()}
 
 
 def distance_score(shop, release, bins=200):
@@ -110,28 +105,32 @@ def impossible(values, std):
     return torch.from_numpy(~np.any([one * std == values for one in near], axis=0))
 
 
+def could_be_impossible(values, std):
+    """Which fp32 values lie where there are impossible ones: their mantissa is at least that of std."""
+    return torch.frexp(values.detach().cpu()).mantissa.abs() >= math.frexp(np.float32(std))[0]
+
+
 def lattice_score(shop, release):
     """Of each entry alone: 1 where it is impossible; where it could have been but is not, less than elsewhere."""
     scores = {}
-    for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
-        if not std:
-            scores[name] = torch.full(p.shape, 0.5)
-            continue
-        telling = torch.frexp(p.detach().cpu()).mantissa.abs() >= math.frexp(np.float32(std))[0]
-        scores[name] = torch.where(impossible(p, std), 1.0, torch.where(telling, 0.4, 0.5))
+    for name, p in release.body.named_parameters():
+        scores[name] = torch.full(p.shape, 0.5)
+        if std := initial_std(release.body, name):
+            scores[name][could_be_impossible(p, std)] = 0.4
+            scores[name][impossible(p, std)] = 1.0
     return scores
 
 
 def pooled_lattice_score(shop, release, rounds=10):
     """The same evidence by expectation-maximisation: an entry was trained with the odds of its row times its column."""
     scores = {}
-    for (name, p), std in zip(release.body.named_parameters(), exact_spread(release).values()):
+    for name, p in release.body.named_parameters():
         scores[name] = torch.full(p.shape, release.rho)
+        std = initial_std(release.body, name)
         if not std:
             continue
-        w, gaps = p.detach().cpu(), impossible(p, std)
-        telling = torch.frexp(w).mantissa.abs() >= math.frexp(np.float32(std))[0]
-        missed = torch.where(telling, 1 - gap_share(std), 1.0)  # P(the value is possible | trained)
+        gaps = impossible(p, std)
+        missed = torch.where(could_be_impossible(p, std), 1 - gap_share(std), 1.0)  # P(possible | trained)
         prior = scores[name]
         for _ in range(rounds):
             trained = torch.where(gaps, 1.0, prior * missed / (prior * missed + 1 - prior))
@@ -142,6 +141,7 @@ def pooled_lattice_score(shop, release, rounds=10):
 
 
 def logit(share):
+    """log(share / (1 - share)), share kept within 0.001 of 0 and 1."""
     return torch.logit(share.clamp(1e-3, 1 - 1e-3))
 
 
@@ -319,6 +319,7 @@ ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
 def other(build, scale=lambda name, height: 1.0):
+    """What makes a Stepper in the place of a MaskedAdamW. build(groups): a torch optimizer."""
     return partial(Stepper, build, scale)
 
 
@@ -345,6 +346,7 @@ class PublicText:
 
 
 def train_on_public_text(shop, release, body, updates, masks=None):
+    """Train `body` in place, inside `masks` where given, at five times the rate of full fine-tuning."""
     optimizer = MaskedAdamW(dict(body.named_parameters()), masks, 0.0)
     rate = 5 * default_rate("full", body.embedding().weight.size(1))
     fit(PublicText(shop, release, body, updates), optimizer, rate, Settings(epochs=1), shop.machine)
@@ -398,10 +400,12 @@ def rescale(shop, release, body, factor=30.0):
 
 
 def guessed(name):
+    """What makes a mask of a score, as Adversary.mask wants it."""
     return lambda shop, release: guess(shop, release, name)
 
 
 def blind(rho):
+    """What makes a random mask, as Adversary.mask wants it."""
     def mask(shop, release):
         params = dict(release.body.named_parameters())
         return random_mask(params, int(rho * sum(p.numel() for p in params.values())), b"outsider")

@@ -32,8 +32,13 @@ def subplots(*args, **kwargs):
 def save(figure, path, mode=0o644):
     """Write a matplotlib figure, atomically."""
     figure.tight_layout()
+    write(figure, path, mode)
+
+
+def write(figure, path, mode=0o644, **options):
+    """Write a figure as it is. options: of savefig."""
     with atomic(path, mode) as file:
-        figure.savefig(file, dpi=120, format="png", metadata={"Software": None})
+        figure.savefig(file, dpi=120, format="png", metadata={"Software": None}, **options)
     print(f"drawn: {path}")
 
 
@@ -71,9 +76,7 @@ def forest(rows, path):
     for side in ("top", "left", "right"):
         axis.spines[side].set_visible(False)
     figure.subplots_adjust(left=0.4, right=0.64)
-    with atomic(path) as file:
-        figure.savefig(file, dpi=120, format="png", bbox_inches="tight", metadata={"Software": None})
-    print(f"drawn: {path}")
+    write(figure, path, bbox_inches="tight")
 
 
 def place(axis):

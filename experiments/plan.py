@@ -219,6 +219,7 @@ def model_flags(scale, name, seed, results):
 
 
 def model_job(scale, name, seed, results):
+    """The Job of pre-training one model; None while the updates of `matched` are not known."""
     flags = model_flags(scale, name, seed, results)
     return flags and Job("model", {"model": name, "seed": seed}, flags | {"change": MODELS[name].change})
 

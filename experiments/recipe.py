@@ -9,16 +9,15 @@ import numpy as np
 import pmp
 import torch
 
-from model import RESIDUAL, initial_value, secret_generator
+from model import initial_std, initial_value, secret_generator
 from pmp import MaskedAdamW
 
 
 def old_initial_value(network, name, shape, secret):
     """theta(0) as it was drawn before: the product of two fp32 numbers, which leaves gaps between its values."""
-    new = initial_value(network, name, shape, secret)
-    if not new.std(correction=0):
-        return new  # a constant
-    std = 0.02 / math.sqrt(2 * len(network.blocks())) if name.endswith(RESIDUAL) else 0.02
+    std = initial_std(network, name)
+    if not std:
+        return initial_value(network, name, shape, secret)  # a constant
     draw = secret_generator(secret, name).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(draw).mul_(std).add_(0.0)
 
@@ -66,6 +65,7 @@ class Shrinking(MaskedAdamW):
 
 @contextmanager
 def other_optimizer(make, moves=False):
+    """Inside the block, pmp.py trains with make(params, masks, …); moves: the complement may change."""
     with mock.patch("pmp.MaskedAdamW", make), mock.patch.object(pmp, "COMPLEMENT_MOVES", moves):
         yield
 
