@@ -107,17 +107,24 @@ COLUMNS = [column for task in TASKS.values() for column in task.columns]
 def fetch(name, folder=CACHE):
     """Put the official files of task `name` under `folder`, laid out as the zips are, unless they are there already.
 
-    Waits while another process does it. Raises UserError when the address cannot be reached, sends something else, or
-    the disk is full.
+    Waits while another process does it: beside `folder` lies its lock. Raises UserError when the address cannot be
+    reached, sends something else, or the disk is full.
     """
-    folder = Path(folder)
-    while not all((folder / file).exists() for file in TASKS[name].files):
+    folder, said = Path(folder), False
+
+    def there():
+        return all((folder / file).exists() for file in TASKS[name].files)
+
+    while not there():
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with lock(folder.with_name(folder.name + ".lock")) as mine:
-            if mine:
+            if mine and not there():
                 fetch_files(name, folder)
         if not mine:
+            if not said:
+                print("another process is fetching GLUE", flush=True)
+            said = True
             time.sleep(1)
 
 

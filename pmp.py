@@ -289,15 +289,15 @@ class MaskedAdamW:
 
     def load_state(self, tensors):
         """Take back what state() gave."""
+        def onto(p, value):  # a copy, for `tensors` may be views of a file
+            value = value.to(p.device, copy=True)
+            return split_like(p, value) if value.ndim else value  # "step" is a single number
+
         for name, p in self.params.items():
             end = "." + name
             found = {key.removeprefix("optimizer.").removesuffix(end): value for key, value in tensors.items()
                      if key.startswith("optimizer.") and key.endswith(end)}
-            # copies, for `tensors` may be views of a file; "step" is a single number, which a fused AdamW wants on p's
-            # device, too
-            copies = {key: value.to(p.device, copy=True) for key, value in found.items()}
-            self.optimizer.state[p] = {key: split_like(p, value) if value.ndim else value
-                                       for key, value in copies.items()}
+            self.optimizer.state[p] = {key: onto(p, value) for key, value in found.items()}
 
 
 def learning_rate(step, config):
@@ -594,11 +594,10 @@ def plan(config):
     print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")
     print(f"memory of each process, without activations: {sum(memory.values()) / 2**30:.2f} GiB ("
           + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in memory.items() if size) + ")")
-    mask = d / 8 if config.rho < 1 else 0
-    checkpoint, text = 12 * d + mask, 2 * tokens
-    print(f"disk: {(2 * checkpoint + mask + text) / 2**30:.2f} GiB at most, while a new checkpoint is written beside "
-          f"the old one (a checkpoint {checkpoint / 2**30:.2f}, text {text / 2**30:.2f}, "
-          f"the release {4 * d / 2**30:.2f})")
+    checkpoint = 12 * d + (d / 8 if config.rho < 1 else 0)
+    text = 2 * max(config.steps, config.eb_steps) * config.sequences * config.block_size
+    print(f"disk: about {(2 * checkpoint + text) / 2**30:.3g} GiB, while a new checkpoint is written beside the old "
+          f"(a checkpoint {checkpoint / 2**30:.3g}, text {text / 2**30:.3g}, the release {4 * d / 2**30:.3g})")
     model = build(shape, machine.device)
     initialise(model, b"plan")
     idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=machine.device)
@@ -650,7 +649,8 @@ def default_text(f):
 def new_run(config, folder):
     """Draw the secret of theta(0), and write down what the run is before it begins."""
     folder.check_unused()
-    config.dtype = Machine(config.device, config.dtype).dtype  # resumed elsewhere, "auto" could be another one
+    # resumed elsewhere, "auto" could be another one
+    config.dtype = from_first(lambda: Machine(config.device, config.dtype).dtype)
     secret = from_first(secrets.token_bytes, 32)
     if config.init_seed is not None:
         secret = f"init-seed {config.init_seed}".encode()

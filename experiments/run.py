@@ -123,9 +123,10 @@ class Workshop:
             masks = masks and {key: m.to(self.machine.device) for key, m in masks.items()}
             found = Release(name, seed, out, body.to(self.machine.device), Tokenizer.load(out / "release"), masks)
             flags, config = model_flags(self.scale, name, seed, self.results), found.record["config"]
-            if any(config[flag] != flags[flag] for flag in flags.keys() - {"data", "seed", "init_seed"}):
-                raise UserError(f"{out} was trained with other settings than the plan has now: delete it, or name "
-                                "another --work")
+            same = flags.keys() - {"data", "seed", "init_seed"}  # data is a path here; the folder's name has the seed
+            if Path(config["data"]).name != self.data or any(config.get(flag) != flags[flag] for flag in same):
+                raise UserError(f"{out} was trained with other settings, or on other text, than the plan has now: "
+                                "delete it, or name another --work")
             known = self.results.get(model_job(self.scale, name, seed, self.results))
             if known and known["weights"] != found.weights:
                 raise UserError(f"{out} is not the model of the results in {self.results.folder}, which was trained on "
@@ -174,17 +175,17 @@ class Workshop:
         return self.tasks[name, on]
 
     def glue(self, name):
-        """The folder with a GLUE task's TSVs. With prose, which needs no network, it is the stand-in's."""
+        """The folder with a GLUE task's TSVs. At a scale that needs no network it is the stand-in's: not GLUE."""
         if self.glue_dir:
             return self.glue_dir
-        if self.data == "prose":
+        if self.scale.pmp.get("data") == "prose":
             return standin(self.work, open_source("prose"))
         fetch(name, CACHE)
         return CACHE
 
 
 def docs(tokenizer, on, rows, judge, length):
-    """Documentation of Python, numpy and torch in blocks (N, length): another domain than the pre-training text.
+    """Documentation of Python and numpy in blocks (N, length): another domain than the pre-training text.
 
     The blocks to choose by lie behind 4,000 others of the training documents; those to judge by are held out.
     """
@@ -366,7 +367,7 @@ def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="quick", help="how much of everything [quick]")
     parser.add_argument("--data", help="pre-training text as for pmp.py, instead of the scale's")
-    parser.add_argument("--glue-dir", help="folder with GLUE's TSVs [download]")
+    parser.add_argument("--glue-dir", help="folder with GLUE's TSVs [download; quick: a stand-in]")
     parser.add_argument("--work", default=str(HERE.parent / "out-experiments"), help="where models and masks stay")
     parser.add_argument("--results", default=str(HERE / "results"), help="where the numbers go")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")

@@ -1,6 +1,7 @@
 """What the experiments promise. The helpers and the small runs are those of test_pmp.py."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -225,14 +226,19 @@ def test_a_model_that_was_trained_with_other_settings_is_refused(shop, monkeypat
     monkeypatch.setitem(plan.MODELS, "pmp", plan.Model({"rho": 0.6}))
     with pytest.raises(UserError, match="pmp-0 was trained with other settings"):
         shop.release("pmp", 0)
+    monkeypatch.setitem(plan.MODELS, "pmp", plan.Model())
+    shop.release("pmp", 0)
+    shop.releases, shop.data = {}, "other.txt"
+    with pytest.raises(UserError, match="or on other text"):
+        shop.release("pmp", 0)
 
 
-def test_glue_comes_from_a_folder_or_the_network_but_with_prose_from_neither(shop, monkeypatch):
+def test_glue_comes_from_a_folder_or_the_network_but_at_scale_quick_from_neither(shop, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "fetch", lambda name, folder: asked.append(name))
     monkeypatch.setattr(run, "standin", lambda *_: "made")
     assert shop.glue("rte") == run.CACHE and asked == ["rte"]
-    shop.data = "prose"
+    shop.scale = dataclasses.replace(shop.scale, pmp={"data": "prose"})
     assert shop.glue("rte") == "made"
     shop.glue_dir = "given"
     assert shop.glue("rte") == "given" and asked == ["rte"]
