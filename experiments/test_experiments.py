@@ -432,8 +432,7 @@ def test_each_adversary_changes_what_it_says(shop):
         assert any(m.any() for m in moved.values()) and outside == 0, how
         if how == "attention alone":
             assert {name for name, m in moved.items() if m.any()} == {name for name in params if "attn" in name}
-    for how, updates in (("LoRA, rank 4", 7), ("full, three times the epochs", 21),
-                         ("continued pre-training of the suspected ticket", 7)):
+    for how, updates in (("LoRA, rank 4", 7), ("full, three times the epochs", 21)):
         assert tuned(shop, f"pmp: {how}", epochs=1)["updates"] == updates
 
 
