@@ -39,7 +39,7 @@ from data.tokenizer import Tokenizer
 from model import FAMILIES, Conv1D, initialise
 from pmp import MaskedAdamW, load_mask
 from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
-from runtime.files import Results, UserError, atomic, disk_errors, is_name, lock
+from runtime.files import Results, UserError, atomic, disk_errors, is_name, lock_unless
 from runtime.http import Failed, Refused, get, repeat
 from runtime.huggingface import load_folder
 from runtime.machine import Machine
@@ -110,22 +110,17 @@ def fetch(name, folder=CACHE):
     Waits while another process does it: beside `folder` lies its lock. Raises UserError when the address cannot be
     reached, sends something else, or the disk is full.
     """
-    folder, said = Path(folder), False
+    folder = Path(folder)
 
     def there():
         return all((folder / file).exists() for file in TASKS[name].files)
 
-    while not there():
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder.with_name(folder.name + ".lock")) as mine:
-            if mine and not there():
-                fetch_files(name, folder)
-        if not mine:
-            if not said:
-                print("another process is fetching GLUE", flush=True)
-            said = True
-            time.sleep(1)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(folder.name + ".lock")
+    with lock_unless(there, beside, partial(print, flush=True), "another process is fetching GLUE") as ours:
+        if ours:
+            fetch_files(name, folder)
 
 
 def fetch_files(name, folder):

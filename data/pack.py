@@ -23,7 +23,7 @@ import torch
 
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from runtime.files import UserError, atomic, disk_errors, lock, open_regular, parse_json, remove_partials
+from runtime.files import UserError, atomic, disk_errors, lock, lock_unless, open_regular, parse_json, remove_partials
 
 CACHE = Path(__file__).parent / "cache"
 BUFFER = 50_000  # documents that are shuffled together (paper, appendix A)
@@ -50,17 +50,11 @@ def prepare(source, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    said = False
-    while not (folder / "validation.json").exists():
-        with disk_errors(folder), lock(folder / "lock") as mine:
-            if mine and not (folder / "validation.json").exists():
-                remove_partials(folder)
-                prepare_validation(source, tokenizer, folder, identity, say)
-        if not mine:
-            if not said:
-                say("another process is preparing the data")
-            said = True
-            time.sleep(0.2)
+    ready = (folder / "validation.json").exists
+    with disk_errors(folder), lock_unless(ready, folder / "lock", say, "another process is preparing the data") as ours:
+        if ours:
+            remove_partials(folder)
+            prepare_validation(source, tokenizer, folder, identity, say)
     tokenizer = Tokenizer.gpt2() if tokenizer == "gpt2" else Tokenizer.load(folder / "tokenizer")
     identity["fingerprint"] = tokenizer.fingerprint
 

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import stat
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,6 +106,25 @@ def lock(path):
         yield mine
     finally:
         os.close(file)
+
+
+@contextmanager
+def lock_unless(done, path, say, words):
+    """Hold the lock file `path` inside the block and give True; or give False as soon as done() is true.
+
+    Both may need time, if another process holds the lock and is about to make done() true: then say(words), once.
+    """
+    said = False
+    while not done():
+        with lock(path) as mine:
+            if mine:
+                yield not done()
+                return
+        if not said:
+            say(words)
+        said = True
+        time.sleep(0.2)
+    yield False
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
