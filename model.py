@@ -83,9 +83,13 @@ class Model(nn.Module):
         """
         x = self.hidden(idx)  # (B, T, C)
         if labels is None:
-            return F.linear(x, self.lm_head.weight)
-        logits = F.linear(x[:, :-1].flatten(0, 1), self.lm_head.weight)  # (B*(T-1), V)
+            return self.head(x)
+        logits = self.head(x[:, :-1].flatten(0, 1))  # (B*(T-1), V)
         return NextTokenLoss.apply(logits, labels[:, 1:].flatten())
+
+    def head(self, x):
+        """Logits (..., V) of hidden states (..., C)."""
+        return product(x, self.lm_head.weight, 64 if x.is_cuda else 1)
 
     def flops_per_token(self, length):
         """FLOPs to train on one token of a sequence of `length`.
@@ -112,6 +116,18 @@ class Model(nn.Module):
             if eos is not None and token.item() == eos:
                 break
         return idx
+
+
+def product(x, weight, multiple):
+    """x (..., C) times the transpose of weight (V, C): (..., V), computed with V filled up to a multiple.
+
+    A GPU's fast kernels want whole tiles. With GPT-2's 50,257 rows the three products of the head, forward and
+    backward, took 15 ms on an H200, a third of an update of gpt2.
+    """
+    missing = -len(weight) % multiple
+    if not missing:
+        return F.linear(x, weight)
+    return F.linear(x, F.pad(weight, (0, 0, 0, missing)))[..., :-missing]
 
 
 class NextTokenLoss(torch.autograd.Function):

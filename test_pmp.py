@@ -58,7 +58,7 @@ from data.sources import SlimPajama, open_source
 from data.standin import sentences, write_standin
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
 from glue import add_lora, merge_lora
-from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
+from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise, product
 from runtime import http, tensors
 from runtime.console import Progress, command_line
 from runtime.files import UserError, atomic, lock
@@ -988,6 +988,28 @@ def test_topk_mask_is_the_exact_global_topk(kind, piece, monkeypatch):
         assert torch.equal(all_scores[mask].sort().values, torch.topk(all_scores, k).values.sort().values)
 
 
+@pytest.mark.parametrize("values", [[5], [3, 1, 2], [7, 7, 7, 7], [0, 0, 4, 2**31 - 1, 4, 4, 0]])
+def test_a_gpu_finds_the_same_threshold_by_halving(values):
+    for k in range(1, len(values) + 1):
+        found, ties, excess = tensors.kth_by_halving(torch.tensor(values, dtype=torch.int32), k)
+        largest = sorted(values, reverse=True)
+        assert found == largest[k - 1]
+        assert (ties, excess) == (largest[:k].count(found), largest[k:].count(found))
+
+
+def test_a_head_filled_up_to_whole_tiles_gives_the_same_logits_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 8, generator=generator, requires_grad=True) for rows in (5, 37))
+    labels = torch.arange(5)
+    for multiple in (1, 64):
+        logits = product(x, weight, multiple)
+        assert logits.shape == (5, 37)
+        torch.testing.assert_close(logits, x @ weight.T)
+        found = torch.autograd.grad(NextTokenLoss.apply(logits, labels), (x, weight))
+        expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ weight.T, labels), (x, weight))
+        torch.testing.assert_close(found, expected)
+
+
 def test_scores_by_hand():
     theta, gradients = torch.tensor([1.0, -2.0]), [torch.tensor([3.0, -1.0]), torch.tensor([-5.0, 2.0])]
     last = dict.fromkeys(pmp.SCORES, 0.0)
@@ -1217,7 +1239,7 @@ def finished(flags, tmp_path_factory):
     return out
 
 
-SAME = ["--init-seed", "3", "--dtype", "fp32"]
+SAME = ["--init-seed", "3", "--dtype", "fp32", "--device", "cpu"]  # which 2 ranks can share, unlike a single GPU
 
 
 @pytest.fixture(scope="session")
@@ -1583,8 +1605,8 @@ def test_two_ranks_are_one_run_with_the_same_bits_if_they_can_share_the_sequence
     assert codes == [0, 0] and text.count("\nreleased") == 1, text
     same_run(tmp_path / "out", alone, 0.0)
     assert logged_losses(tmp_path / "out") == logged_losses(alone)
-    unfit = Started(pmp.main, *flags, "--batch-size", "1", "--grad-accum", "3", "--out", tmp_path / "unfit", ranks=2)
-    codes, text = unfit.end()
+    flags = [*flags, *SAME, "--batch-size", "1", "--grad-accum", "3"]
+    codes, text = Started(pmp.main, *flags, "--out", tmp_path / "unfit", ranks=2).end()
     assert all(codes) and text.count("3 sequences an update cannot be shared equally by 2 ranks") == 1
     assert not (tmp_path / "unfit").exists()
 
@@ -2187,7 +2209,7 @@ def test_the_sweep_appends_a_line_a_run_and_repeats_nothing(sweep, tmp_path, cap
 
 
 def test_two_processes_and_two_ranks_share_a_sweep_and_do_each_run_once(sweep, tmp_path):
-    flags = [*sweep, "--tasks", "rte", "qnli", "--method", "base", "full", "--seed", "0", "1"]
+    flags = [*sweep, "--tasks", "rte", "qnli", "--method", "base", "full", "--seed", "0", "1", "--device", "cpu"]
     processes = [Started(glue.main, *flags) for _ in range(2)]
     codes, texts = zip(*(process.end() for process in processes))
     assert codes == ([0], [0]) and "".join(texts).count("best epoch") == 8, texts

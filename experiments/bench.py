@@ -86,8 +86,9 @@ def transformers_trainer(model, batch, machine=None):
     return update
 
 
-def matmul_rate(machine, size=2048, repeats=10):
-    """FLOP/s of this machine for a square product in its training precision, the best of several."""
+def matmul_rate(machine, repeats=10):
+    """FLOP/s of this machine for a large square product in its training precision, the best of several."""
+    size = 2048 if machine.device.type == "cpu" else 8192
     dtype = torch.bfloat16 if machine.dtype == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=machine.device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"mm": lambda: a @ b}, repeats)["mm"])
