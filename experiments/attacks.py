@@ -364,15 +364,15 @@ def continue_pretraining(shop, release, body, updates, masks=None):
             p.copy_(shop.known[key][name])
 
 
-@torch.no_grad()
 def reset(shop, release, body, how):
     """Replace the suspected complement: "zero", "redraw" from theta(0)'s distribution, or "halve"."""
-    masks = guess(shop, release, BEST)
-    for name, p in body.named_parameters():
-        if p.ndim > 1:
-            new = {"zero": torch.zeros_like(p), "halve": p / 2,
-                   "redraw": initial_value(body, name, p.shape, b"outsider").to(p.device)}[how]
-            p.copy_(torch.where(masks[name], p, new))
+    masks = guess(shop, release, BEST)  # may train, and so needs gradients
+    with torch.no_grad():
+        for name, p in body.named_parameters():
+            if p.ndim > 1:
+                new = {"zero": torch.zeros_like(p), "halve": p / 2,
+                       "redraw": initial_value(body, name, p.shape, b"outsider").to(p.device)}[how]
+                p.copy_(torch.where(masks[name], p, new))
 
 
 @torch.no_grad()

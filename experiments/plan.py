@@ -120,6 +120,7 @@ START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  
 # docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
 EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask", "dense in mask, same", "random"), START["full"]),
                **dict.fromkeys(("literal-dense", "literal-pmp"), (4.0, 16.0))}
+PLAIN = ("dense", "pmp", "pmp + mask"), ("random",)  # arms of a scale without a search; the ablation comes last
 MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
 
 
@@ -135,6 +136,7 @@ class Scale:
     strongest: tuple = (7, 3)  # adversaries for the record: without, and with a guess at the mask
     text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
     outsiders: tuple = tuple(OUTSIDERS)
+    plain: dict = field(default_factory=dict)  # {task: rates}; of models that are too large for a search
 
     @property
     def steps(self):
@@ -142,8 +144,6 @@ class Scale:
         return self.pmp.get("steps", Config.steps)
 
 
-TWO_PAIRS = {"main": (0, 1), "tuned": (0, 1),
-             **dict.fromkeys(("fresh", "untied", "side", "literal", "recipe", "one"), ())}
 SCALES = {
     "quick": Scale({"preset": "mini", "data": "prose", "steps": 20, "warmup": 2, "lr": 3e-3, "eb_steps": 3,
                     "block_size": 64, "val_every": 20, "val_blocks": 4, "shuffle_buffer": 1000, "compile": "off"},
@@ -157,9 +157,12 @@ SCALES = {
                      "tuned": (0, 1, 2, 3, 4, 203, 204, 205),  # 5 to 7 were lost; 200 to 202 had been seen
                      "untied": range(8), "literal": range(10), "one": (0,),
                      "side": (203, 204, 205, 206), "recipe": (203, 204, 205)}),  # beside PMP of the same machine
-    # the paper's rate of 2e-5 leaves a gpt2 of this size untrained after so few tokens
-    "gpt2": Scale({"preset": "gpt2", "lr": 6e-4}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
-    "paper": Scale({"preset": "tinyllama"}, TWO_PAIRS, strongest=(0, 0), outsiders=()),
+    # the paper's 0.15 tokens a parameter; its rate of 2e-5 would leave a gpt2 untrained after so few
+    "gpt2": Scale({"preset": "gpt2", "steps": 2250, "warmup": 225, "lr": 6e-4, "eb_steps": 100, "batch_size": 32,
+                   "grad_accum": 1, "save_every": 1000}, {"main": range(4)}, epochs=(4,),
+                  plain={"docs": (1.0, 4.0), **dict.fromkeys(GLUE, (1.0,))}),
+    "paper": Scale({"preset": "tinyllama"}, {"main": range(2)}, epochs=(4,),
+                   plain=dict.fromkeys(("docs", *GLUE), (1.0,))),
 }
 
 # -----------------------------------------------------------------------------
@@ -183,7 +186,7 @@ class Job:
 
 def seeds_of(scale, model):
     """The seeds of a model's pre-trainings for the record."""
-    return sorted({seed for group in MODELS[model].groups for seed in scale.seeds[group]})
+    return sorted({seed for group in MODELS[model].groups for seed in scale.seeds.get(group, ())})
 
 
 def tuned_by(scale, arm):
@@ -356,8 +359,29 @@ def measure_job(scale, kind, model, seed, results, **more):
     return Job(kind, {"model": model, "seed": seed, **more}, {"models": flags}, tuple((name, seed) for name in names))
 
 
+def plain_jobs(scale, arm, task, rate, results):
+    """The jobs of an arm of PLAIN, one for each pre-training."""
+    return [tune_job(scale, arm, seed, task, rate, max(scale.epochs), "judge", results) for seed in scale.seeds["main"]]
+
+
+def jobs_without_search(scale, results):
+    """The jobs of a scale that has `plain`: a few arms, all at the same rates, pre-training by pre-training."""
+    found = []
+    for arms in PLAIN:
+        here = [model_job(scale, ARMS[arm].model, seed, results) for arm in arms for seed in scale.seeds["main"]]
+        for task, rates in scale.plain.items():
+            for rate in rates:
+                for arm in arms:
+                    here += plain_jobs(scale, arm, task, rate, results)
+        found += sorted(here, key=lambda job: job.what["seed"])
+    return list({job.key: job for job in found}.values())  # two arms fine-tune the same model
+
+
 def jobs(scale, results):
     """Every job of a scale that is known by now, in the protocol's order, and how many must wait for a choice."""
+    if scale.plain:
+        return jobs_without_search(scale, results), 0
+
     def models(names, seeds=None):
         return [model_job(scale, name, seed, results) for name in names
                 for seed in (seeds_of(scale, name) if seeds is None else seeds)]

@@ -17,8 +17,8 @@ import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
 from measures import SIZES  # noqa: E402
-from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, START, TRIED,  # noqa: E402
-                  choice, jobs, strongest, twin)
+from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, PLAIN, SCALES, SEARCHED, START,  # noqa: E402
+                  TRIED, choice, jobs, plain_jobs, strongest, twin)
 from store import Results  # noqa: E402
 from verdicts import (LEAST, MOST, Evidence, accuracies, best_for_others, by_seed, changes, claims,  # noqa: E402
                       growth, marker, spell)
@@ -319,9 +319,34 @@ def steps(evidence):
                     rows) if rows else "Not run yet."
 
 
+def plain(evidence):
+    """Every arm of a scale without a search."""
+    rows = []
+    for task, rates in evidence.scale.plain.items():
+        for rate in rates:
+            for arm in (arm for arms in PLAIN for arm in arms):
+                found = map(evidence.results.get, plain_jobs(evidence.scale, arm, task, rate, evidence.results))
+                runs = {run["key"]["seed"]: run for run in found if run}
+                if runs:
+                    flat = [run["majority"] for run in runs.values() if run["majority"]]
+                    rows.append([arm, task, f"{rate:g} x", len(runs),
+                                 spread(run["accuracy"] for run in runs.values()), f"{flat[0]:.2f}" if flat else "",
+                                 spread(run["loss"] for run in runs.values()),
+                                 spread(evidence.rises(arm, runs).values())])
+    return markdown(["arm", "task", "rate", "pre-trainings", "accuracy, %", "always the commonest class", "task loss",
+                     "rise of the pre-training loss, nats"], rows) if rows else "Not fine-tuned yet."
+
+
+def larger(evidence):
+    """GPT-2 in its own size: what there is at scale gpt2."""
+    found = Evidence(Results("gpt2", evidence.results.folder.parent).refresh())
+    return "\n\n".join(table(found) for table in WITHOUT_SEARCH.values())
+
+
+WITHOUT_SEARCH = {"models": models, "plain": plain}  # tables of a scale that searches nothing
 TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "ingredients": ingredients,
           "table1": table1, "arms": arms, "equal": equal, "gaps": gaps, "forgetting": forgetting,
-          "geometry": geometry, "steps": steps, "recovery": recovery, "adversaries": adversaries}
+          "geometry": geometry, "steps": steps, "recovery": recovery, "adversaries": adversaries, "larger": larger}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 
@@ -342,8 +367,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     evidence = Evidence(Results(args.scale, args.results).refresh())
     require(evidence.results.found, f"there is no result in {evidence.results.folder} yet: run.py makes them")
-    for name, table in TABLES.items():
+    plain_scale = bool(evidence.scale.plain)
+    require(not (plain_scale and args.write), f"scale {args.scale} has no verdicts for the README: leave --write out")
+    for name, table in (WITHOUT_SEARCH if plain_scale else TABLES).items():
         print(f"{name}: {table.__doc__}\n\n{table(evidence)}\n")
+    if plain_scale:
+        return
     if args.write:
         document = HERE / "README.md"
         text = filled(document.read_text(), evidence)

@@ -45,7 +45,7 @@ class Made:
 
     def __init__(self, make, scale="laptop", known=()):
         self.make, self.scale, self.found, self.known, self.memo = make, plan.SCALES[scale], {}, known, {}
-        self.name = scale
+        self.name, self.folder = scale, Path("nowhere") / scale
 
     def get(self, job):
         if job and (not self.known or job.kind in self.known):
@@ -99,6 +99,27 @@ def test_the_plan_is_whole_and_what_chooses_judges_nothing():
     assert len(set(scale.seeds["tuned"])) == 8 and len(plan.tuned_by(scale, "pmp: Lion")) == 8
 
 
+def test_a_scale_without_a_search_has_the_same_rates_for_all_arms_and_is_reported(tmp_path, capsys):
+    scale, results = plan.SCALES["gpt2"], Made(no_effect, "gpt2")
+    found, waiting = plan.jobs(scale, results)
+    models = [(job.what["model"], job.what["seed"]) for job in found if job.kind == "model"]
+    runs = [tuple(job.what[key] for key in ("seed", "arm", "task", "rate")) for job in found if job.kind == "tune"]
+    assert waiting == 0 and len(set(models)) == len(models) == 12 and {job.what.get("on") for job in found} == {
+        None, "judge"}
+    settings = [("docs", 1.0), ("docs", 4.0), ("cola", 1.0), ("sst2", 1.0), ("rte", 1.0)]
+    assert sorted(runs) == sorted((seed, arm, *setting) for seed in range(4) for setting in settings
+                                  for arm in ("dense", "pmp", "pmp + mask", "random"))
+    table = report.plain(verdicts.Evidence(results)).splitlines()
+    assert len(table) == 2 + 5 * 4 and table[2].startswith("| dense | docs | 1 x | 4 | ")
+    (tmp_path / "gpt2").mkdir()
+    line = {"key": json.loads(found[0].key), **no_effect(found[0])}
+    (tmp_path / "gpt2" / "model.jsonl").write_text(json.dumps(line) + "\n")
+    report.main(["--scale", "gpt2", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "| dense | 1 | 5.00 |" in text and "Not fine-tuned yet." in text
+    bad("--scale", "gpt2", "--results", tmp_path, "--write", expect="--write", capsys=capsys, main=report.main)
+
+
 def test_a_key_has_the_settings_that_made_the_result(monkeypatch):
     scale, results = plan.SCALES["laptop"], Made(no_effect)
     keys = [plan.tune_job(scale, "pmp", 0, "docs", 1.0, 2, "judge", results).key]
@@ -148,7 +169,9 @@ def models(finished, flags, tmp_path_factory):
 @pytest.fixture
 def shop(models, corpus, tmp_path, monkeypatch):
     """A Workshop at a scale of seconds: two kinds of models, three arms, small texts."""
-    scale = plan.Scale({"preset": "mini", "data": str(corpus)}, plan.TWO_PAIRS, rows=0.2, epochs=(1,), further=0,
+    seeds = dict.fromkeys(("main", "tuned"), (0, 1)) | dict.fromkeys(
+        ("fresh", "untied", "side", "literal", "recipe", "one"), ())
+    scale = plan.Scale({"preset": "mini", "data": str(corpus)}, seeds, rows=0.2, epochs=(1,), further=0,
                        strongest=(1, 0), text_blocks=2, outsiders=())
     monkeypatch.setitem(plan.SCALES, "quick", scale)
     monkeypatch.setattr(plan, "MODELS", {name: plan.MODELS[name] for name in ("dense", "pmp")})
