@@ -117,8 +117,8 @@ def fetch(name, folder=CACHE):
 
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(folder.name + ".lock")
-    with lock_unless(there, beside, partial(print, flush=True), "another process is fetching GLUE") as ours:
+    path = folder.with_name(folder.name + ".lock")
+    with lock_unless(there, path, partial(print, flush=True), "another process is fetching GLUE") as ours:
         if ours:
             fetch_files(name, folder)
 

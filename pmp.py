@@ -164,7 +164,7 @@ def topk_mask(scores, k):
         mask = torch.zeros(len(flat), dtype=torch.bool)
         mask[flat.sort(descending=True, stable=True).indices[:k]] = True
 
-    without the sort and without a copy of all scores.
+    without the sort and, but on a single GPU, without a copy of all scores.
     """
     return top_k(scores, k)
 
@@ -587,8 +587,9 @@ def plan(config):
     warmed_up = config.rho < 1 and config.mask == "earlybird"
     updates = config.steps + (config.eb_steps if warmed_up else 0)
     tokens = updates * config.sequences * config.block_size
-    # stage I keeps the scores of its last step while it computes the next gradient
-    memory = memory_per_rank(model, world() if config.shard else 1, mask=int(config.rho < 1), scores=4 * warmed_up)
+    # stage I keeps the scores of its last step while it computes the next gradient; a single GPU ranks a copy of them
+    scores = warmed_up * (6 if machine.device.type == "cuda" and not config.shard else 4)
+    memory = memory_per_rank(model, world() if config.shard else 1, mask=int(config.rho < 1), scores=scores)
     print(f"{config.preset}: {d:,} parameters; {updates:,} updates of {config.sequences} x {config.block_size} tokens")
     print(f"tokens: {tokens:,} ({tokens / d:.2f} a parameter)")
     print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")

@@ -58,7 +58,7 @@ from data.sources import SlimPajama, open_source
 from data.standin import sentences, write_standin
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer, spell
 from glue import add_lora, merge_lora
-from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise, product
+from model import FAMILIES, GPT2Config, LlamaConfig, NextTokenLoss, build, initial_value, initialise
 from runtime import http, tensors
 from runtime.console import Progress, command_line
 from runtime.files import UserError, atomic, lock
@@ -223,7 +223,8 @@ def test_next_token_loss_is_cross_entropy_and_keeps_the_logits_once():
         logits = torch.randn(300, 8000, generator=torch.Generator().manual_seed(0)) * 3  # more than one slice
         labels = torch.randint(8000, (300,))
         ours, theirs = logits.to(dtype).requires_grad_(), logits.to(dtype).float().requires_grad_()
-        loss, expected = NextTokenLoss.apply(ours * 1, labels), F.cross_entropy(theirs, labels)
+        filled = F.pad(ours, (0, 40))  # as for a GPU
+        loss, expected = NextTokenLoss.apply(filled, labels, 8000), F.cross_entropy(theirs, labels)
         (2 * loss).backward(), (2 * expected).backward()
         assert abs(loss - expected) < 1e-5
         assert (ours.grad.float() - theirs.grad).abs().max() <= tolerance * theirs.grad.abs().max()
@@ -997,17 +998,28 @@ def test_a_gpu_finds_the_same_threshold_by_halving(values):
         assert (ties, excess) == (largest[:k].count(found), largest[k:].count(found))
 
 
-def test_a_head_filled_up_to_whole_tiles_gives_the_same_logits_and_gradients():
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 8, generator=generator, requires_grad=True) for rows in (5, 37))
-    labels = torch.arange(5)
-    for multiple in (1, 64):
-        logits = product(x, weight, multiple)
-        assert logits.shape == (5, 37)
-        torch.testing.assert_close(logits, x @ weight.T)
-        found = torch.autograd.grad(NextTokenLoss.apply(logits, labels), (x, weight))
-        expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ weight.T, labels), (x, weight))
-        torch.testing.assert_close(found, expected)
+def test_what_is_written_for_a_gpu_gives_the_same(monkeypatch):
+    """On a CPU that says it is a GPU: tickets, products with a mask, logits, loss and gradients."""
+    model, idx = small_model(), tokens(4, 40)
+    masks = pmp.random_mask(dict(model.named_parameters()), 500, b"ours")
+    scores = {name: (100 * p.detach()).round() for name, p in model.named_parameters()}  # with ties
+
+    def everything():
+        loss = model(idx, idx)
+        loss.backward()
+        found = [model(idx).detach(), loss.detach(), *(p.grad for p in model.parameters())]
+        model.zero_grad()
+        shrunk = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, p in shrunk.items():
+            tensors.shrink_(p, masks[name], 0.1)
+            tensors.multiply_(p, masks[name])
+        return found, [*shrunk.values(), *tensors.top_k(scores, 5000).values()]
+
+    close, same = everything()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    its_close, its_same = everything()
+    torch.testing.assert_close(its_close, close)
+    assert len(same) == 2 * len(masks) and all(map(torch.equal, its_same, same))
 
 
 def test_scores_by_hand():

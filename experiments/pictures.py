@@ -12,7 +12,7 @@ from runtime.files import UserError, atomic
 COLOURS = {"ticket": "#1f5f99", "complement": "#d98032", "full": "#222222", "chance": "#888888",
            "train": "#7fb2d9", "validation": "#1f5f99",
            "dense": "#222222", "pmp": "#1f5f99", "pmp + mask": "#7fb2d9", "random": "#d98032", "scratch": "#bbbbbb",
-           "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556",
+           "mean": "#8a6fb0", "rho0.9": "#7fb2d9", "rho0.5": "#0b3556", "stopped early": "#d98032",
            "holds": "#1f5f99", "does not hold": "#b5402f", "open": "#999999", "tells nothing": "#dddddd",
            "not run": "#dddddd", "unfinished": "#999999"}
 SHADES = ("#e3b768", "#b3732a", "#5e360b")  # of something that grows
@@ -110,22 +110,30 @@ def strips(evidence, arms, path):
     save(figure, path)
 
 
+TIED = {arm: arm for arm in ("dense", "random", "pmp", "mean", "rho0.9", "rho0.5")}
+UNTIED = {"untied-dense": "dense", "untied-matched": "stopped early", "untied-pmp": "pmp"}
+
+
 def anatomy(evidence, path):
     """Each pre-training: held-out loss against fine-tuned accuracy, so that lost capability shows.
 
     All with PMP's setting on docs; on word order each with its own.
     """
-    figure, axes = subplots(1, len(MAIN), figsize=(10, 3.6))
+    figure, axes = subplots(1, 3, figsize=(12, 3.6))
     setting = choice(evidence.scale, "pmp", "docs", evidence.results)
-    for axis, task in zip(axes, MAIN):
-        for arm in ("dense", "random", "pmp", "mean", "rho0.9", "rho0.5"):
-            scores = evidence.tuned(arm, setting) if task == "docs" else evidence.accuracy(arm, task)
+    panels = {"docs": TIED, "docs, untied": UNTIED, "word order": TIED}
+    for axis, (title, arms) in zip(axes, panels.items()):
+        for arm, label in arms.items():
+            docs = title.startswith("docs")
+            scores = evidence.tuned(arm, setting) if docs else evidence.accuracy(arm, title)
             losses = evidence.models(arm)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])
             if len(points):
-                dots(axis, *points.T, COLOURS[arm], arm)
-        axis.set(xlabel="held-out pre-training loss, nats", ylabel="fine-tuned accuracy, %", title=task)
-    axes[0].legend(fontsize=7)
+                dots(axis, *points.T, COLOURS[label], label)
+        axis.set(xlabel="held-out pre-training loss, nats", title=title)
+    axes[0].set(ylabel="fine-tuned accuracy, %")
+    for axis in axes:
+        axis.legend(fontsize=7)
     save(figure, path)
 
 

@@ -120,7 +120,7 @@ START = {"scratch": (0.25, 0.5, 1.0, 2.0), "full": (1.0, 2.0, 4.0, 8.0, 16.0)}  
 # docs with the same rates for all arms, not in the protocol: README says why, under "Equal rates"
 EQUAL_RATES = {**dict.fromkeys(("dense", "pmp", "pmp + mask", "dense in mask, same", "random"), START["full"]),
                **dict.fromkeys(("literal-dense", "literal-pmp"), (4.0, 16.0))}
-PLAIN = ("dense", "pmp", "pmp + mask"), ("random",)  # arms of a scale without a search; the ablation comes last
+UNSEARCHED = ("dense", "pmp", "pmp + mask"), ("random",)  # arms of a scale without a search; the ablation comes last
 MEASURES = {"landscape": ("pmp", "dense"), "gradients": ("pmp", "dense"), "one_step": ("pmp", "dense")}
 
 
@@ -136,7 +136,7 @@ class Scale:
     strongest: tuple = (7, 3)  # adversaries for the record: without, and with a guess at the mask
     text_blocks: int = 64  # held-out sequences in a measurement of the pre-training loss
     outsiders: tuple = tuple(OUTSIDERS)
-    plain: dict = field(default_factory=dict)  # {task: rates}; of models that are too large for a search
+    rates: dict = field(default_factory=dict)  # {task: rates} of a scale that is too large for a search
 
     @property
     def steps(self):
@@ -160,9 +160,9 @@ SCALES = {
     # the paper's 0.15 tokens a parameter; its rate of 2e-5 would leave a gpt2 untrained after so few
     "gpt2": Scale({"preset": "gpt2", "steps": 2250, "warmup": 225, "lr": 6e-4, "eb_steps": 100, "batch_size": 32,
                    "grad_accum": 1, "save_every": 1000}, {"main": range(4)}, epochs=(4,),
-                  plain={"docs": (1.0, 4.0), **dict.fromkeys(GLUE, (1.0,))}),
+                  rates={"docs": (1.0, 4.0), **dict.fromkeys(GLUE, (1.0,))}),
     "paper": Scale({"preset": "tinyllama"}, {"main": range(2)}, epochs=(4,),
-                   plain=dict.fromkeys(("docs", *GLUE), (1.0,))),
+                   rates=dict.fromkeys(("docs", *GLUE), (1.0,))),
 }
 
 # -----------------------------------------------------------------------------
@@ -359,27 +359,27 @@ def measure_job(scale, kind, model, seed, results, **more):
     return Job(kind, {"model": model, "seed": seed, **more}, {"models": flags}, tuple((name, seed) for name in names))
 
 
-def plain_jobs(scale, arm, task, rate, results):
-    """The jobs of an arm of PLAIN, one for each pre-training."""
+def unsearched_jobs(scale, arm, task, rate, results):
+    """The jobs of an arm of UNSEARCHED, one for each pre-training."""
     return [tune_job(scale, arm, seed, task, rate, max(scale.epochs), "judge", results) for seed in scale.seeds["main"]]
 
 
 def jobs_without_search(scale, results):
-    """The jobs of a scale that has `plain`: a few arms, all at the same rates, pre-training by pre-training."""
+    """The jobs of a scale that has `rates`: a few arms, all at the same rates, pre-training by pre-training."""
     found = []
-    for arms in PLAIN:
+    for arms in UNSEARCHED:
         here = [model_job(scale, ARMS[arm].model, seed, results) for arm in arms for seed in scale.seeds["main"]]
-        for task, rates in scale.plain.items():
+        for task, rates in scale.rates.items():
             for rate in rates:
                 for arm in arms:
-                    here += plain_jobs(scale, arm, task, rate, results)
+                    here += unsearched_jobs(scale, arm, task, rate, results)
         found += sorted(here, key=lambda job: job.what["seed"])
     return list({job.key: job for job in found}.values())  # two arms fine-tune the same model
 
 
 def jobs(scale, results):
     """Every job of a scale that is known by now, in the protocol's order, and how many must wait for a choice."""
-    if scale.plain:
+    if scale.rates:
         return jobs_without_search(scale, results), 0
 
     def models(names, seeds=None):

@@ -3,7 +3,7 @@
     python experiments/report.py --scale laptop            # print the tables, draw the pictures
     python experiments/report.py --scale laptop --write    # and put the tables into experiments/README.md
 
-It reads results only, and takes seconds.
+It reads results only, and takes seconds. A scale without a search has two tables and no picture.
 """
 
 import re
@@ -17,8 +17,8 @@ import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from attacks import REPLAYS, SCORES  # noqa: E402
 from measures import SIZES  # noqa: E402
-from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, PLAIN, SCALES, SEARCHED, START,  # noqa: E402
-                  TRIED, choice, jobs, plain_jobs, strongest, twin)
+from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, START, TRIED,  # noqa: E402
+                  UNSEARCHED, choice, jobs, strongest, twin, unsearched_jobs)
 from store import Results  # noqa: E402
 from verdicts import (LEAST, MOST, Evidence, accuracies, best_for_others, by_seed, changes, claims,  # noqa: E402
                       growth, marker, spell)
@@ -53,7 +53,7 @@ def state(evidence):
     seeds = min((len(evidence.accuracy(arm, task)) for arm in SEARCHED for task in MAIN), default=0)
     planned = len(evidence.scale.seeds["tuned"])
     hours = sum(result["seconds"] for result in evidence.results.found.values()) / 3600
-    return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one core. Every arm "
+    return (f"{done} of {len(found) + waiting} pieces of work are done, in {hours:.1f} hours of one process. Every arm "
             f"that has its own search was run on at least {seeds} of {planned} pre-trainings.")
 
 
@@ -103,7 +103,7 @@ def models(evidence):
 DIFFER_BY = {  # one thing each: two kinds of models
     "PMP - dense": ("pmp", "dense"), "random mask - dense": ("random", "dense"), "PMP - random mask": ("pmp", "random"),
     "mean score - PMP": ("mean", "pmp"), "rho 0.9 - PMP (rho 0.7)": ("rho0.9", "pmp"),
-    "rho 0.5 - PMP (rho 0.7)": ("rho0.5", "pmp"), "GPT-2: PMP - dense": ("gpt2-pmp", "gpt2-dense"),
+    "rho 0.5 - PMP (rho 0.7)": ("rho0.5", "pmp"), "mini-gpt2: PMP - dense": ("gpt2-pmp", "gpt2-dense"),
     "untied: PMP - dense": ("untied-pmp", "untied-dense"),
     "untied: PMP - dense that stopped early": ("untied-pmp", "untied-matched"),
     "literal: PMP - dense": ("literal-pmp", "literal-dense"),
@@ -319,13 +319,13 @@ def steps(evidence):
                     rows) if rows else "Not run yet."
 
 
-def plain(evidence):
+def unsearched(evidence):
     """Every arm of a scale without a search."""
     rows = []
-    for task, rates in evidence.scale.plain.items():
+    for task, rates in evidence.scale.rates.items():
         for rate in rates:
-            for arm in (arm for arms in PLAIN for arm in arms):
-                found = map(evidence.results.get, plain_jobs(evidence.scale, arm, task, rate, evidence.results))
+            for arm in (arm for arms in UNSEARCHED for arm in arms):
+                found = map(evidence.results.get, unsearched_jobs(evidence.scale, arm, task, rate, evidence.results))
                 runs = {run["key"]["seed"]: run for run in found if run}
                 if runs:
                     flat = [run["majority"] for run in runs.values() if run["majority"]]
@@ -340,10 +340,12 @@ def plain(evidence):
 def larger(evidence):
     """GPT-2 in its own size: what there is at scale gpt2."""
     found = Evidence(Results("gpt2", evidence.results.folder.parent).refresh())
+    if not found.results.found:
+        return "Not run yet."
     return "\n\n".join(table(found) for table in WITHOUT_SEARCH.values())
 
 
-WITHOUT_SEARCH = {"models": models, "plain": plain}  # tables of a scale that searches nothing
+WITHOUT_SEARCH = {"models": models, "unsearched": unsearched}  # tables of a scale that searches nothing
 TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "ingredients": ingredients,
           "table1": table1, "arms": arms, "equal": equal, "gaps": gaps, "forgetting": forgetting,
           "geometry": geometry, "steps": steps, "recovery": recovery, "adversaries": adversaries, "larger": larger}
@@ -367,11 +369,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     evidence = Evidence(Results(args.scale, args.results).refresh())
     require(evidence.results.found, f"there is no result in {evidence.results.folder} yet: run.py makes them")
-    plain_scale = bool(evidence.scale.plain)
-    require(not (plain_scale and args.write), f"scale {args.scale} has no verdicts for the README: leave --write out")
-    for name, table in (WITHOUT_SEARCH if plain_scale else TABLES).items():
+    searched = not evidence.scale.rates
+    require(searched or not args.write, f"README's tables of scale {args.scale} come with --scale laptop --write")
+    for name, table in (TABLES if searched else WITHOUT_SEARCH).items():
         print(f"{name}: {table.__doc__}\n\n{table(evidence)}\n")
-    if plain_scale:
+    if not searched:
         return
     if args.write:
         document = HERE / "README.md"

@@ -109,7 +109,7 @@ def test_a_scale_without_a_search_has_the_same_rates_for_all_arms_and_is_reporte
     settings = [("docs", 1.0), ("docs", 4.0), ("cola", 1.0), ("sst2", 1.0), ("rte", 1.0)]
     assert sorted(runs) == sorted((seed, arm, *setting) for seed in range(4) for setting in settings
                                   for arm in ("dense", "pmp", "pmp + mask", "random"))
-    table = report.plain(verdicts.Evidence(results)).splitlines()
+    table = report.unsearched(verdicts.Evidence(results)).splitlines()
     assert len(table) == 2 + 5 * 4 and table[2].startswith("| dense | docs | 1 x | 4 | ")
     (tmp_path / "gpt2").mkdir()
     line = {"key": json.loads(found[0].key), **no_effect(found[0])}

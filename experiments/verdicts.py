@@ -521,8 +521,8 @@ def claims(results):
         row18.markers.append(best_against_best(evidence, task))
     return correct([
         losses(evidence, "1 PMP preserves capability (4.2)", {
-            "tied": ("pmp", "dense"), "untied": ("untied-pmp", "untied-dense"), "GPT-2": ("gpt2-pmp", "gpt2-dense")},
-            EQUAL),
+            "tied": ("pmp", "dense"), "untied": ("untied-pmp", "untied-dense"),
+            "mini-gpt2": ("gpt2-pmp", "gpt2-dense")}, EQUAL),
         losses(evidence, "2 the ticket trains as well as a random mask (4.4)", {
             "EarlyBird": ("pmp", "random"), "with the mean score": ("mean", "random")}, CLOSE),
         Row("3 outsiders gain less: full (4.2, 4.4)",

@@ -112,7 +112,7 @@ def lock(path):
 def lock_unless(done, path, say, words):
     """Hold the lock file `path` inside the block and give True; or give False as soon as done() is true.
 
-    Both may need time, if another process holds the lock and is about to make done() true: then say(words), once.
+    Waits while another process holds the lock and done() is still false, and says `words` once if it does.
     """
     said = False
     while not done():

@@ -20,11 +20,11 @@ def float_pieces(tensor, mask):
     """Slices of `tensor` with the same slices of `mask` as 0.0 and 1.0, in one scratch buffer that is used again.
 
     A product of float and bool is 15 times slower than one of floats on a CPU; a float mask would take four bytes a
-    parameter instead of one. As bytes the mask is converted in a third of the time. On a GPU both come whole: it is
-    slices that take long there, eight times as long for gpt2.
+    parameter instead of one. As bytes the mask is converted in a third of the time. On a GPU both come whole and
+    as they are: for gpt2 slices took 8.8 ms there, whole tensors 1.2.
     """
     if tensor.is_cuda:
-        yield local(tensor), local(mask).to(tensor.dtype)
+        yield local(tensor), local(mask)
         return
     scratch = torch.empty(min(PIECE, local(tensor).numel()), dtype=tensor.dtype, device=tensor.device)
     for x, m in pieces(tensor, mask):
@@ -75,8 +75,8 @@ def top_k(scores, k):
 
     scores: {name: fp32 tensor}. Ties go to the first in the order of the dict, then of the flat index. The k-th
     largest pattern is found by counting: a histogram of the upper 16 bits of each pattern, then one of the lower 16
-    inside the bin where the count passes k. No sort, no concatenation, one byte a parameter for the result. A GPU
-    counts by halving instead, for thousands of its threads would wait for the same bins.
+    inside the bin where the count passes k. No sort, no concatenation, one byte a parameter for the result. One GPU
+    alone counts by halving instead, in a copy: thousands of its threads would wait for the same bins.
 
     Sharded scores give sharded masks with the same bits. Ranks exchange the two histograms, 2**18 and 2**19 bytes, and
     8 bytes a tensor and rank to deal out the ties; whatever the model's size, never a score.
@@ -100,7 +100,8 @@ def top_k(scores, k):
 
     first = next(iter(scores.values()))
     if first.is_cuda and not sharded(first):
-        threshold, ties, excess = kth_by_halving(torch.cat([size_pattern(x).reshape(-1) for x in scores.values()]), k)
+        patterns = torch.cat([bits(score).reshape(-1) for score in scores.values()]).bitwise_and_(0x7FFFFFFF)
+        threshold, ties, excess = kth_by_halving(patterns, k)
     else:
         high, k, _ = kth_bin(histogram(2**15, lambda pattern: pattern >> 16), k)
         low, ties, excess = kth_bin(histogram(2**16, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), k)
