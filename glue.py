@@ -353,6 +353,15 @@ def rounded_accuracy(predicted, true):
     return accuracy(np.rint(np.clip(predicted, 0, LARGEST_SCORE)), np.rint(np.clip(true, 0, LARGEST_SCORE)))
 
 
+def commonest_class(labels):
+    """Accuracy, in percent, of always guessing the commonest of `labels`. A score that is not above it shows no learning.
+
+    STS-B's scores are rounded first, as in rounded_accuracy.
+    """
+    _, counts = np.unique(np.rint(labels), return_counts=True)
+    return 100 * float(counts.max()) / len(labels)
+
+
 METRICS = {name: {"accuracy": accuracy} for name in TASKS} | {
     "cola": {"accuracy": accuracy, "mcc": mcc},
     "mrpc": {"accuracy": accuracy, "f1": f1},
@@ -399,15 +408,19 @@ def table(results, paper=False, standin=False, epoch="last"):
     """Text in the form of Table 1, at most 120 columns wide: percent, mean ±sample standard deviation over the seeds.
 
     results: dicts with "task", "model" (a label), "method", "authorised" (bool), "seed" and "scores", which is
-    {column: {"last": {metric: percent}, "best": {metric: percent}}}; of two with the same seed the later one counts.
-    Columns without a result are left out. epoch: "last" or "best". paper: add the paper's numbers, and all columns.
-    standin: the title says that this isn't GLUE.
+    {column: {"last": {metric: percent}, "best": {metric: percent}, "commonest": percent}}; of two with the same seed
+    the later one counts. The last row is "commonest" (see commonest_class), where it is known. Columns without a
+    result are left out. epoch: "last" or "best". paper: add the paper's numbers, and all columns. standin: the title
+    says that this isn't GLUE.
     """
     seeds = defaultdict(dict)  # (model, method, authorised, column) -> {seed: percent}
+    commonest = {}  # column -> percent
     for result in results:
         for column, scores in result["scores"].items():
             key = result["model"], result["method"], result["authorised"], column
             seeds[key][result["seed"]] = scores[epoch]["accuracy"]
+            if "commonest" in scores:
+                commonest[column] = scores["commonest"]
     measured = {column for *_, column in seeds}
     columns = [column for column in COLUMNS if paper or column in measured]
     title = "stand-in, not GLUE" if standin else "GLUE dev"
@@ -426,6 +439,10 @@ def table(results, paper=False, standin=False, epoch="last"):
         lines.append(f"the paper's {model}, without and with PMP, fine-tuned without the mask")
         for method, (without, with_pmp) in methods.items():
             lines += [table_row(method, without.split()), table_row(method + ", PMP", with_pmp.split())]
+    if commonest:
+        known = [f"{commonest[column]:.2f}" if column in commonest else "-" for column in columns]
+        lines += ["always guessing the commonest class: a score that is not above it shows no learning",
+                  table_row("", known)]
     return "\n".join(lines)
 
 
@@ -699,9 +716,10 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
     """Fine-tune `body` (which is changed) on task `name`. Returns (result, Classifier).
 
     data: {split: [(token ids, label), ...]}. masks: the ticket, for an authorised user. result: {"scores": {column:
-    {"last" or "best": {metric: percent}}}, "updates", "diverged"}; best is by accuracy, over the epochs, on the
-    validation split itself, so it flatters. A loss that is not finite ends the training, and what there is is scored.
-    make_optimizer(params, masks, weight_decay, betas) gives an object with MaskedAdamW's step().
+    {"last" or "best": {metric: percent}, "commonest": percent}}, "updates", "diverged"}; best is by accuracy, over the
+    epochs, on the validation split itself, so it flatters; commonest: see commonest_class. A loss that is not finite
+    ends the training, and what there is is scored. make_optimizer(params, masks, weight_decay, betas) gives an object
+    with MaskedAdamW's step().
     """
     outputs = len(TASKS[name].labels) or 1
     label = f"{name} {method}{' + mask' * bool(masks)} seed {seed}"
@@ -713,9 +731,10 @@ def finetune(body, name, data, method, seed, settings, machine, masks=None, prog
         settings.lr or default_rate(method, model.head.size(1)), settings, machine,
         progress and partial(progress.step, label))
     scores = {}
-    for column in TASKS[name].columns:
+    for split, column in zip(TASKS[name].splits[1:], TASKS[name].columns, strict=True):
         epochs = [scored[column] for scored in history]
-        scores[column] = {"last": epochs[-1], "best": max(epochs, key=lambda metrics: metrics["accuracy"])}
+        scores[column] = {"last": epochs[-1], "best": max(epochs, key=lambda metrics: metrics["accuracy"]),
+                          "commonest": commonest_class([label for _, label in data[split]])}
     return {"scores": scores, "updates": updates, "diverged": diverged}, model
 
 

@@ -1928,6 +1928,14 @@ def test_scores_are_percent_with_accuracy_for_every_task_and_degenerate_predicti
     assert glue.score("stsb", [3.0], [3.0]) == {"accuracy": 100.0, "pearson": 0.0, "spearman": 0.0}
 
 
+def test_the_commonest_class_is_the_best_that_one_answer_can_have():
+    rng = np.random.default_rng(0)
+    for name, labels in (("mnli", rng.integers(0, 3, 50).tolist()), ("stsb", (rng.integers(0, 26, 50) / 5).tolist())):
+        best = max(glue.score(name, [answer] * 50, labels)["accuracy"] for answer in range(6))
+        assert glue.commonest_class(labels) == pytest.approx(best)
+    assert glue.commonest_class([1.6, 2.2, 4.0, 0.0]) == 50.0
+
+
 # ---- glue.py: the table ---------------------------------------------------------------------------------------------
 
 
@@ -1952,6 +1960,15 @@ def test_the_table_has_the_measured_columns_with_mean_and_spread_and_dashes_for_
     assert "50.00" in glue.table([outcome("full", False, 1, 0.0), outcome("full", False, 1, 50.0)])  # one seed
     assert "stand-in, not GLUE" in glue.table([], standin=True).splitlines()[0]
     assert "stand-in" not in glue.table([])
+
+
+def test_the_table_ends_with_what_one_answer_to_all_rows_would_have():
+    known, unknown = outcome("full", False, 1, 60.0), outcome("full", False, 1, 70.0, column="CoLA")
+    assert "commonest" not in glue.table([known, unknown])
+    known["scores"]["RTE"]["commonest"] = 52.71
+    for paper in (False, True):
+        *_, title, row = glue.table([known, unknown], paper).splitlines()
+        assert "commonest class" in title and row.split() == ["-"] * (8 if paper else 1) + ["52.71"]
 
 
 def test_the_papers_numbers_come_on_request_and_nothing_is_wider_than_120_columns():

@@ -123,8 +123,8 @@ def anatomy(evidence, path):
     setting = choice(evidence.scale, "pmp", "docs", evidence.results)
     panels = {"docs": TIED, "docs, untied": UNTIED, "word order": TIED}
     for axis, (title, arms) in zip(axes, panels.items()):
+        docs = title.startswith("docs")
         for arm, label in arms.items():
-            docs = title.startswith("docs")
             scores = evidence.tuned(arm, setting) if docs else evidence.accuracy(arm, title)
             losses = evidence.models(arm)
             points = np.array([(losses[seed]["text_loss"], scores[seed]) for seed in scores if seed in losses])

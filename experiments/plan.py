@@ -368,13 +368,14 @@ def jobs_without_search(scale, results):
     """The jobs of a scale that has `rates`: a few arms, all at the same rates, pre-training by pre-training."""
     found = []
     for arms in UNSEARCHED:
-        here = [model_job(scale, ARMS[arm].model, seed, results) for arm in arms for seed in scale.seeds["main"]]
+        models = dict.fromkeys(ARMS[arm].model for arm in arms)  # two arms fine-tune the same model
+        here = [model_job(scale, name, seed, results) for name in models for seed in scale.seeds["main"]]
         for task, rates in scale.rates.items():
             for rate in rates:
                 for arm in arms:
                     here += unsearched_jobs(scale, arm, task, rate, results)
         found += sorted(here, key=lambda job: job.what["seed"])
-    return list({job.key: job for job in found}.values())  # two arms fine-tune the same model
+    return found
 
 
 def jobs(scale, results):

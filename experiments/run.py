@@ -31,7 +31,8 @@ from data.pack import prepare  # noqa: E402
 from data.sources import open_source  # noqa: E402
 from data.standin import standin  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from glue import CACHE, Rows, Settings, default_rate, encode_task, fetch, fit, loss_of, pad, prepare_model  # noqa: E402
+from glue import (CACHE, Rows, Settings, commonest_class, default_rate, encode_task, fetch, fit, loss_of,  # noqa: E402
+                  pad, prepare_model)
 from glue import TASKS as OFFICIAL  # noqa: E402
 from model import FAMILIES  # noqa: E402
 from runtime.console import Parser, command_line, flag_name  # noqa: E402
@@ -290,13 +291,7 @@ def tune(shop, job):
     history, updates, diverged = fit(lesson, optimizer, rate, replace(settings, epochs=1), machine, progress)
     after = next_token(body, shop.held_out(release), machine)["loss"]
     return {**history[-1], "curve": curve, "text_loss": after, "updates": updates, "diverged": diverged,
-            "majority": majority(data) if official else None, "lr": rate}
-
-
-def majority(data):
-    """Accuracy of always guessing the commonest class of the validation rows, in percent."""
-    labels = [label for _, label in data["dev"]]
-    return 100 * max(map(labels.count, set(labels))) / len(labels)
+            "majority": commonest_class([label for _, label in data["dev"]]) if official else None, "lr": rate}
 
 
 # -----------------------------------------------------------------------------
