@@ -354,9 +354,9 @@ def rounded_accuracy(predicted, true):
 
 
 def commonest_class(labels):
-    """Accuracy, in percent, of always guessing the commonest of `labels`. A score that is not above it shows no learning.
+    """Accuracy, in percent, of always guessing the commonest of `labels`, STS-B's rounded as in rounded_accuracy.
 
-    STS-B's scores are rounded first, as in rounded_accuracy.
+    A score that is not above it shows no learning.
     """
     _, counts = np.unique(np.rint(labels), return_counts=True)
     return 100 * float(counts.max()) / len(labels)
