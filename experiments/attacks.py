@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from measures import auc, gradient
+from measures import auc, auc_by_kind, gradient
 
 from glue import Settings, default_rate, fit
 from model import initial_std, initial_value, initialise
@@ -213,6 +213,15 @@ def recovery(shop, release, masks, attack):
     flat = torch.cat([scores[key].flatten() for key in masks])
     true = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
     return {"auc": auc(flat[true], flat[~true]), "iou": iou(guess(shop, release, attack), masks)}
+
+
+BY_KIND = ("gradient, 10 batches", "weight magnitude", "distance from theta(0)'s distribution",
+           "distance, pooled by row and column")
+
+
+def recovery_by_kind(shop, release, masks):
+    """{"auc": {score: auc_by_kind}} of the scores of BY_KIND: does one kind of tensor give the mask away?"""
+    return {"auc": {name: auc_by_kind(score_of(shop, release, name), masks) for name in BY_KIND}}
 
 
 def replay(shop, release, masks, secret):

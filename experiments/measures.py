@@ -119,26 +119,40 @@ def auc(positive, negative, points=2**20):
     return float((below + upto) / (2 * len(negative)))
 
 
-def gradients(shop, release, masks):
-    """{"auc": {"all entries", "within tensors", kind: …}, "zero": {place: share}, "histogram": {place: […]}}."""
-    slopes = gradient(release.body, shop.held_out(release)[:16], shop.machine)
-    size = torch.cat([g.abs().flatten() for g in slopes.values()])
-    ticket = torch.cat([masks[name].flatten() for name in slopes])
-    parts = {"ticket": size[ticket], "complement": size[~ticket]}
-    found, inside = {"all entries": auc(*parts.values())}, []
-    by_kind = {}
-    for name, g in slopes.items():
-        mask = masks[name]
-        if 0 < int(mask.sum()) < mask.numel():  # the mean over tensors counts each pair within a tensor
-            inside.append((auc(g[mask].abs(), g[~mask].abs()), mask.numel()))
-        for (kind, part), (_, inner) in zip(parts_by_kind(name, g), parts_by_kind(name, mask)):
-            by_kind.setdefault(kind, []).append((part.abs().flatten(), inner.flatten()))
-    found["within tensors"] = float(np.average([value for value, _ in inside], weights=[n for _, n in inside]))
-    for kind, pairs in by_kind.items():
-        sizes, inner = (torch.cat(column) for column in zip(*pairs))
+def auc_by_kind(scores, masks):
+    """{"all entries", "within tensors", "without embedding", kind of tensor: AUC} of a score for each weight.
+
+    scores: {name: tensor}, larger where a weight is more likely in the ticket. "within tensors" compares weights of the
+    same tensor alone, and is the mean over tensors by size.
+    """
+    inside, by_kind = [], {}
+    for name, score in scores.items():
+        mask = masks[name].to(score.device)
+        if 0 < int(mask.sum()) < mask.numel():
+            inside.append((auc(score[mask], score[~mask]), mask.numel()))
+        for (kind, part), (_, inner) in zip(parts_by_kind(name, score), parts_by_kind(name, mask)):
+            by_kind.setdefault(kind, []).append((part.flatten(), inner.flatten()))
+    groups = {"all entries": [(score.flatten(), masks[name].to(score.device).flatten())
+                              for name, score in scores.items()],
+              "without embedding": sum((pairs for kind, pairs in by_kind.items() if kind != "embedding"), []),
+              **by_kind}
+    found = {}
+    for label, pairs in groups.items():
+        flat, inner = (torch.cat(column) for column in zip(*pairs))
         if 0 < int(inner.sum()) < len(inner):
-            found[kind] = auc(sizes[inner], sizes[~inner])
-    return {"auc": found, "zero": {place: float((part == 0).float().mean()) for place, part in parts.items()},
+            found[label] = auc(flat[inner], flat[~inner])
+    values, sizes = zip(*inside)
+    return {**found, "within tensors": float(np.average(values, weights=sizes))}
+
+
+def gradients(shop, release, masks):
+    """{"auc": auc_by_kind of |gradient|, "zero": {place: share}, "histogram": {place: […]}}."""
+    sizes = {name: g.abs() for name, g in gradient(release.body, shop.held_out(release)[:16], shop.machine).items()}
+    size = torch.cat([g.flatten() for g in sizes.values()])
+    ticket = torch.cat([masks[name].flatten() for name in sizes])
+    parts = {"ticket": size[ticket], "complement": size[~ticket]}
+    return {"auc": auc_by_kind(sizes, masks), "zero": {place: float((part == 0).float().mean())
+                                                       for place, part in parts.items()},
             "histogram": {place: np.histogram(part[part > 0].log10().cpu(), BINS)[0].tolist()
                           for place, part in parts.items()}}
 

@@ -426,6 +426,7 @@ def jobs(scale, results):
             equal += equal_jobs(scale, arm, rate, results)
     found += sorted(equal, key=lambda job: job.what["seed"])  # pair by pair
     found += attacks("literal-pmp", seeds_of(scale, "literal-pmp")) + attacks("old", seeds_of(scale, "old"))
+    found += [measure_job(scale, "recovery_by_kind", "pmp", seed, results) for seed in scale.seeds["fresh"]]
     found += models(group("fresh"), TRYING if scale.outsiders else ()) + search(scale.outsiders)
     best = strongest(scale, results)
     for arm in best or []:

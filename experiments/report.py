@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
-from attacks import REPLAYS, SCORES  # noqa: E402
+from attacks import BY_KIND, REPLAYS, SCORES  # noqa: E402
 from measures import SIZES  # noqa: E402
 from plan import (ARMS, EQUAL_RATES, GLUE, MAIN, MODELS, OUTSIDERS, SCALES, SEARCHED, START,  # noqa: E402
                   UNSEARCHED, choice, jobs, strongest, twin, unsearched_jobs)
@@ -23,6 +23,7 @@ from store import Results  # noqa: E402
 from verdicts import (LEAST, MOST, Evidence, accuracies, best_for_others, by_seed, changes, claims,  # noqa: E402
                       growth, marker, spell)
 from glue import mean_and_sd  # noqa: E402
+from model import KINDS  # noqa: E402
 from runtime.console import Parser, command_line, require  # noqa: E402
 from runtime.files import atomic  # noqa: E402
 
@@ -255,6 +256,17 @@ def recovery(evidence):
             f"all but the weights themselves: {differ} differences.")
 
 
+def kinds(evidence):
+    """AUC of some guesses at PMP's mask by kind of tensor."""
+    columns = ["all entries", "without embedding", "within tensors", *(kind for kind in KINDS if kind != "head")]
+    found = [result["auc"] for result in evidence.measured("recovery_by_kind", "pmp").values()]
+    rows = []
+    for score in BY_KIND if found else ():
+        cells = [spread(one[score][label] for one in found if label in one[score]) for label in columns]
+        rows.append([score, *cells, len(found)])
+    return markdown(["guess", *columns, "pre-trainings"], rows) if rows else "Not run yet."
+
+
 def adversaries(evidence):
     """The strongest adversaries for the record, on docs: PMP beside dense, and each beside plain full fine-tuning.
 
@@ -354,7 +366,8 @@ def larger(evidence):
 WITHOUT_SEARCH = {"models": models, "unsearched": unsearched}  # tables of a scale that searches nothing
 TABLES = {"state": state, "verdicts": verdicts, "undecided": undecided, "models": models, "ingredients": ingredients,
           "table1": table1, "arms": arms, "equal": equal, "gaps": gaps, "forgetting": forgetting,
-          "geometry": geometry, "steps": steps, "recovery": recovery, "adversaries": adversaries, "larger": larger}
+          "geometry": geometry, "steps": steps, "recovery": recovery, "kinds": kinds,
+          "adversaries": adversaries, "larger": larger}
 DOCUMENT = TABLES | {name: partial(pictures.link, name=name) for name in pictures.ALL}
 
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # where pmp.py is
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from attacks import ADVERSARIES, recovery  # noqa: E402
+from attacks import ADVERSARIES, recovery, recovery_by_kind  # noqa: E402
 from measures import gradients, landscape, next_token, one_step, ticket_by_kind  # noqa: E402
 from plan import ARMS, MODELS, SCALES, TASKS, jobs, model_flags, model_job  # noqa: E402
 from recipe import changed  # noqa: E402
@@ -41,7 +41,8 @@ from runtime.huggingface import load_folder  # noqa: E402
 from runtime.machine import Machine  # noqa: E402
 from runtime.safetensors import fingerprint  # noqa: E402
 
-MEASURES = {"landscape": landscape, "gradients": gradients, "one_step": one_step}
+MEASURES = {"landscape": landscape, "gradients": gradients, "one_step": one_step,
+            "recovery_by_kind": recovery_by_kind}
 
 # -----------------------------------------------------------------------------
 # models and texts

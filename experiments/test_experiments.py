@@ -75,6 +75,8 @@ def no_effect(job):
     if job.kind == "one_step":
         arms = ("outsider", "authorised", "complement", "authorised, same length", "complement, same length")
         return {"change": {arm: [[1e-3 * (1 + 0.1 * abs(noise))] * 3] for arm in arms}, "sizes": measures.SIZES}
+    if job.kind == "recovery_by_kind":
+        return {"auc": dict.fromkeys(attacks.BY_KIND, {"all entries": 0.8, "q": 0.7})}
     if job.what["attack"] == "release folder":
         return {"same_files": True, "differing": [], "same_header": True}
     return {"auc": 0.5, "iou": 0.54 + 0.01 * noise}
@@ -363,6 +365,22 @@ def test_measurements_look_where_they_say(shop, monkeypatch):
     found = measures.gradients(shop, release, release.masks)["auc"]
     assert {"all entries", "within tensors", "mlp", "embedding"} <= set(found) and all(
         0 <= value <= 1 for value in found.values())
+
+
+def test_an_auc_by_kind_tells_what_lies_between_tensors_from_what_lies_within():
+    """Each tensor's scores are noise, but the embedding, all ticket but for one weight, has higher ones."""
+    rng = torch.Generator().manual_seed(0)
+    names = ("embed_tokens.weight", "layers.0.q_proj.weight", "layers.0.mlp.up_proj.weight")
+    scores = {name: torch.rand(40, 50, generator=rng) for name in names}
+    masks = {name: torch.rand(40, 50, generator=rng) < 0.5 for name in names}
+    scores[names[0]] += 1
+    masks[names[0]][:] = True
+    masks[names[0]][0, 0] = False
+    scores[names[0]][0, 0] = 1.5
+    found = measures.auc_by_kind(scores, masks)
+    assert found["all entries"] > 0.7 and abs(found["without embedding"] - 0.5) < 0.03
+    assert abs(found["q"] - 0.5) < 0.04 and abs(found["within tensors"] - 0.5) < 0.04
+    assert measures.auc_by_kind({name: mask.float() for name, mask in masks.items()}, masks)["within tensors"] == 1.0
 
 
 def test_noise_scaled_by_rows_has_the_rows_lengths_and_the_embedding_can_be_left_out():
