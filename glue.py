@@ -749,8 +749,9 @@ def check_results(found, path):
     for number, result in enumerate(found, 1):
         try:
             fits = all(type(result[key]) is kind for key, kind in {**IDENTITY, "model": str}.items())
-            numbers = [result["scores"][column][epoch]["accuracy"]
-                       for column in TASKS[result["task"]].columns for epoch in ("last", "best")]
+            scores = [result["scores"][column] for column in TASKS[result["task"]].columns]
+            numbers = [one[epoch]["accuracy"] for one in scores for epoch in ("last", "best")]
+            numbers += [one.get("commonest", 0.0) for one in scores]
         except (KeyError, TypeError):
             fits, numbers = False, []
         require(fits and all(type(number) in (int, float) for number in numbers),

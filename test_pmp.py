@@ -2565,7 +2565,8 @@ def test_results_that_are_not_ours_are_refused_and_kept(small, refused, tmp_path
     changes = [*each("task", 5, "wnli", []), *each("seed", "1", True), {"model": None}, {"authorised": 0},
                {"settings": []}, *each("scores", 5, {}, {"RTE": []}, {"RTE": {"last": {}}},
                                        {"CoLA": ours["scores"]["RTE"]}, NESTED,
-                                       {"RTE": {"last": {"accuracy": "50"}, "best": {"accuracy": 50}}})]
+                                       {"RTE": {"last": {"accuracy": "50"}, "best": {"accuracy": 50}}},
+                                       {"RTE": ours["scores"]["RTE"] | {"commonest": "50"}})]
     bad_lines = [json.dumps(ours | change) for change in changes]
     bad_lines += [json.dumps(without(ours, name)) for name in ours]
     bad_lines += ["5", "[1, 2]", "null", '"x"', "{}", '{"a": 1}', "word", DEEP, "{" * 10, '{"a": 1, "a": 2}']
