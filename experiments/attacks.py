@@ -215,8 +215,7 @@ def recovery(shop, release, masks, attack):
     return {"auc": auc(flat[true], flat[~true]), "iou": iou(guess(shop, release, attack), masks)}
 
 
-BY_KIND = ("gradient, 10 batches", "weight magnitude", "distance from theta(0)'s distribution",
-           "distance, pooled by row and column")
+BY_KIND = ("gradient, 10 batches", "weight magnitude", DISTANCE, "distance, pooled by row and column")
 
 
 def recovery_by_kind(shop, release, masks):

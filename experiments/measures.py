@@ -125,17 +125,16 @@ def auc_by_kind(scores, masks):
     scores: {name: tensor}, larger where a weight is more likely in the ticket. "within tensors" compares weights of the
     same tensor alone, and is the mean over tensors by size.
     """
-    inside, by_kind = [], {}
+    whole, inside, by_kind = [], [], {}
     for name, score in scores.items():
         mask = masks[name].to(score.device)
+        whole.append((score.flatten(), mask.flatten()))
         if 0 < int(mask.sum()) < mask.numel():
             inside.append((auc(score[mask], score[~mask]), mask.numel()))
         for (kind, part), (_, inner) in zip(parts_by_kind(name, score), parts_by_kind(name, mask)):
             by_kind.setdefault(kind, []).append((part.flatten(), inner.flatten()))
-    groups = {"all entries": [(score.flatten(), masks[name].to(score.device).flatten())
-                              for name, score in scores.items()],
-              "without embedding": sum((pairs for kind, pairs in by_kind.items() if kind != "embedding"), []),
-              **by_kind}
+    others = sum((pairs for kind, pairs in by_kind.items() if kind != "embedding"), [])
+    groups = {"all entries": whole, "without embedding": others, **by_kind}
     found = {}
     for label, pairs in groups.items():
         flat, inner = (torch.cat(column) for column in zip(*pairs))
