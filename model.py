@@ -1,23 +1,23 @@
 """GPT-2 and LLaMA by hand.
 
-Parameter names and shapes are Hugging Face's, so that a release opens in transformers and a plain Hugging Face folder
-opens here. The chapter runs: sizes, what both families share, GPT-2, LLaMA, the initial weights theta(0), the kinds of
-layers, and a command that continues a text.
+Parameter names and shapes are Hugging Face's, so that a release opens in transformers, and a plain Hugging Face folder
+opens here. The chapter runs: sizes, what both families share, GPT-2, LLaMA, the initial weights theta(0), Hugging
+Face's folders, and a command that continues a text.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from runtime.console import Parser, command_line, require
-from runtime.huggingface import load_folder
-from runtime.parallel import assign
+from common import (Parser, UserError, atomic, command_line, load_safetensors, number, path, pick_device, read_json,
+                    save_safetensors, say, split_like, write_json)
+from data.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # sizes: the field names are those of Hugging Face's config.json
@@ -55,25 +55,12 @@ class LlamaConfig:
 
 
 class Model(nn.Module):
-    """A decoder: `hidden` is the family's own; logits, loss and sampling are shared.
-
-    `checkpointing = True` recomputes each block's activations in the backward pass instead of keeping them.
-    """
-
-    checkpointing = False
+    """A decoder: `hidden`, `blocks` and `embedding` are the family's own; logits, loss and sampling are shared."""
 
     def tie(self):
         """Make the head the embedding, where the config says so; again after the parameters were replaced."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embedding().weight
-
-    def run_blocks(self, x, *args):
-        for block in self.blocks():
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, *args, use_reentrant=False)
-            else:
-                x = block(x, *args)
-        return x  # (B, T, C)
 
     def forward(self, idx, labels=None):
         """Logits (B, T, V) for token ids idx (B, T); with labels (B, T), the mean next-token loss in nats instead.
@@ -82,82 +69,30 @@ class Model(nn.Module):
         gives T-1 predictions.
         """
         x = self.hidden(idx)  # (B, T, C)
-        size, tile = len(self.lm_head.weight), 64 if x.is_cuda else 1
         if labels is None:
-            return filled_product(x, self.lm_head.weight, tile)[..., :size]
-        logits = filled_product(x[:, :-1].flatten(0, 1), self.lm_head.weight, tile)  # (B*(T-1), V or more)
-        return NextTokenLoss.apply(logits, labels[:, 1:].flatten(), size)
-
-    def flops_per_token(self, length):
-        """FLOPs to train on one token of a sequence of `length`.
-
-        6 for each parameter in a matrix product, plus attention's scores and sums (Chowdhery et al., 2022, appendix B),
-        of which a causal mask needs half.
-        """
-        looked_up = 0 if self.config.tie_word_embeddings else self.embedding().weight.numel()
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and "wpe" not in name)
-        width = self.embedding().weight.size(1)
-        return 6 * (matrices - looked_up) + 12 * len(self.blocks()) * width * length // 2
+            return self.lm_head(x)
+        logits = self.lm_head(x[:, :-1])  # (B, T-1, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.8, top_k=50, eos=None, seed=0):
-        """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new)."""
+        """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new).
+
+        Raises UserError where the logits are not finite: the weights are broken.
+        """
         random = torch.Generator(device=idx.device).manual_seed(seed)  # leaves the training's generators alone
         for _ in range(max_new_tokens):
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
                 logits = self(idx[:, -self.max_positions:])[:, -1].float() / temperature  # (1, V)
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite, so its weights are broken: take an earlier copy")
             floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
             probs = F.softmax(logits.masked_fill(logits < floor, -math.inf), dim=-1)
             token = torch.multinomial(probs, 1, generator=random)
             idx = torch.cat([idx, token], dim=1)
-            if eos is not None and token.item() == eos:
+            if token.item() == eos:
                 break
         return idx
-
-
-def filled_product(x, weight, tile):
-    """x (..., C) times the transpose of weight (V, C), whose rows are filled up with zeros to whole tiles.
-
-    A GPU's fast kernels want tiles of 64. With GPT-2's 50,257 rows the three products of the head, forward and
-    backward, took 15 ms on an H200, a third of an update of gpt2.
-    """
-    if missing := -len(weight) % tile:
-        weight = F.pad(weight, (0, 0, 0, missing))
-    return F.linear(x, weight)
-
-
-class NextTokenLoss(torch.autograd.Function):
-    """Mean cross-entropy in nats of logits (N, V or more) against labels (N,), in fp32, a slice of rows at a time.
-
-    Of the logits the first `size` columns count; the others are zeros. With a large vocabulary the logits are the
-    largest tensor of the whole step. They are kept once, in the precision that the matrix product gave them, and the
-    backward pass turns them into their own gradient in place: there is never a second copy, and backward can run only
-    once.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels, size):
-        ctx.save_for_backward(logits, labels)
-        ctx.size = size
-        parts = [F.cross_entropy(part[:, :size].float(), label, reduction="sum")
-                 for part, label in slices(logits, labels)]
-        return torch.stack(parts).sum() / len(labels)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        logits, labels = ctx.saved_tensors
-        for part, label in slices(logits, labels):
-            p = part[:, :ctx.size].float().softmax(dim=-1)  # (rows, V)
-            p.scatter_add_(1, label[:, None], p.new_full((len(p), 1), -1.0))
-            part[:, :ctx.size] = p.mul_(grad / len(labels))
-        return logits, None, None
-
-
-def slices(logits, labels):
-    """Rows of logits (N, V) and labels (N,) in step, as many at a time as stay in a CPU's cache or fill a GPU."""
-    rows = max(1, (2**18 if logits.device.type == "cpu" else 2**24) // logits.size(1))
-    return zip(logits.split(rows), labels.split(rows), strict=True)
 
 
 LONGEST = 1024  # tokens for which a CPU computes attention as written here: compiled, it is faster up to about 2,048
@@ -165,7 +100,9 @@ LONGEST = 1024  # tokens for which a CPU computes attention as written here: com
 
 def attention(q, k, v, heads, kv_heads):
     """Causal attention of q (B, T, heads*D) over k and v (B, T, kv_heads*D): (B, T, heads*D)."""
-    q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, T, D)
+    k = k.unflatten(-1, (kv_heads, -1)).transpose(1, 2)  # (B, kv_heads, T, D)
+    v = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
     if q.device.type == "cpu" and q.size(2) <= LONGEST:
         y = written_attention(q, k, v)
     else:
@@ -180,7 +117,8 @@ def written_attention(q, k, v, rows=128):
     On a CPU it is faster than torch's fused kernel, and torch.compile fuses what is between the products.
     """
     repeats = q.size(1) // k.size(1)
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))  # each key serves a group of heads
+    k = k.repeat_interleave(repeats, dim=1)  # each key serves a group of heads
+    v = v.repeat_interleave(repeats, dim=1)
     q = q * q.size(-1) ** -0.5
     blocks = []
     for start in range(0, q.size(2), rows):
@@ -271,7 +209,9 @@ class GPT2(Model):
     def hidden(self, idx):
         """Final normed hidden states (B, T, C) of token ids idx (B, T)."""
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
-        return self.transformer.ln_f(self.run_blocks(x))
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
 
 
 # -----------------------------------------------------------------------------
@@ -369,10 +309,10 @@ class Llama(Model):
     def hidden(self, idx):
         """Final normed hidden states (B, T, C) of token ids idx (B, T)."""
         cos, sin = rotary_angles(self.config, idx.size(1), idx.device)
-        return self.model.norm(self.run_blocks(self.model.embed_tokens(idx), cos, sin))
-
-
-FAMILIES = {"gpt2": (GPT2Config, GPT2), "llama": (LlamaConfig, Llama)}
+        x = self.model.embed_tokens(idx)
+        for block in self.model.layers:
+            x = block(x, cos, sin)
+        return self.model.norm(x)
 
 
 def build(config, device="cpu"):
@@ -431,26 +371,164 @@ def initial_value(model, name, shape, secret):
     return torch.from_numpy(draw).float().add_(0.0)
 
 
+@torch.no_grad()
 def initialise(model, secret):
     """Set every parameter to theta(0), drawn from `secret` (bytes; 128 bits or more of entropy where it matters)."""
     for name, p in model.named_parameters():
-        assign(p, initial_value(model, name, p.shape, secret))
+        p.copy_(split_like(p, initial_value(model, name, p.shape, secret)))
 
 
 # -----------------------------------------------------------------------------
-# kinds of layers
+# Hugging Face's folders. Ours, and plain ones of GPT-2 and LLaMA in one model.safetensors, are read. What our layers do
+# not have is refused by name.
 
-KINDS = {"embedding": ("wte", "wpe", "embed_tokens"), "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",),
-         "o": ("attn.c_proj", "o_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj", "gate_proj", "up_proj", "down_proj"),
-         "norm": ("ln_1", "ln_2", "ln_f", "norm"), "head": ("lm_head",)}
+NEEDS = {  # fields of config.json besides the sizes, and the values that our layers implement, the default first
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "hidden_act": ("silu",), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "attention_bias": (False,),
+    "mlp_bias": (False,), "rope_scaling": (None,), "quantization_config": (None,), "partial_rotary_factor": (1,),
+}
+CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # tensors of old versions, no parameters
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A language model
+
+- {facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Licence: to be named by the owner.
+"""
 
 
-def parts_by_kind(name, tensor):
-    """[(kind, part)] of a parameter, or of a mask of its shape. GPT-2 keeps q, k and v in one tensor."""
-    if "c_attn" in name:
-        return list(zip("qkv", tensor.chunk(3, dim=-1), strict=True))
-    layer = name.rpartition(".")[0]
-    return [(kind, tensor) for kind, ends in KINDS.items() if layer.endswith(ends)]
+def config_dict(model):
+    """The content of config.json: the sizes, and what transformers asks for.
+
+    Our tokenizers have one special token, the last one. It is the padding, too: transformers' batches need one.
+    """
+    gpt2 = isinstance(model, GPT2)
+    sizes = {key: value for key, value in asdict(model.config).items() if value is not None}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.config.vocab_size - 1)
+    activation = {"activation_function": "gelu_new"} if gpt2 else {"hidden_act": "silu"}
+    return {"architectures": ["GPT2LMHeadModel" if gpt2 else "LlamaForCausalLM"], "model_type": model.model_type,
+            **sizes, **activation, "initializer_range": 0.02, **special, "torch_dtype": "float32"}
+
+
+def save_folder(folder, model, tensors, tokenizer, card):
+    """Write what transformers and load_folder open.
+
+    tensors: {name: CPU tensor}; card: the text of README.md, which stays as it is where its owner has written one.
+    """
+    folder, config = Path(folder), config_dict(model)
+    folder.mkdir(exist_ok=True)
+    special = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})
+    tokenizer.save(folder, model.max_positions)
+    if not (folder / "README.md").exists():
+        with atomic(folder / "README.md") as file:
+            file.write(card.encode())
+    save_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def read_config(file):
+    """The GPT2Config or LlamaConfig in a config.json. Raises UserError that names what our layers do not have."""
+    raw = {key: value for key, value in read_json(file).items() if value is not None}
+    if raw.get("model_type") not in ("gpt2", "llama"):
+        kind = str(raw.get("model_type"))
+        raise UserError(f"{file}: model_type {kind:.40} is not supported, only gpt2 and llama are")
+    if "rope_scaling" in raw and "rope_parameters" in raw:
+        raise UserError(f"{file} has both rope_scaling and rope_parameters: remove the one that does not count")
+    rope = raw.pop("rope_parameters", {})  # transformers 5 keeps theta inside
+    if not isinstance(rope, dict) or rope.pop("rope_type", "default") != "default" or rope.keys() - {"rope_theta"}:
+        raise UserError(f"{file}: rope_parameters {str(rope):.80} are not supported, only the default rotation is")
+    if "rope_theta" in rope and rope["rope_theta"] != raw.get("rope_theta", rope["rope_theta"]):
+        raise UserError(f"{file} has rope_theta beside and in rope_parameters: remove the one that does not count")
+    for key, allowed in NEEDS.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{file}: {key} = {str(raw[key]):.80} is not supported, only {allowed[0]} is")
+    kind = GPT2Config if raw["model_type"] == "gpt2" else LlamaConfig
+    if kind is LlamaConfig:  # Hugging Face's defaults
+        raw = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, **raw, **rope}
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [key for key in sizes if key not in raw]:
+            raise UserError(f"{file} lacks {missing[0]}: this is not a whole config.json")
+    config = kind(**{field.name: raw[field.name] for field in fields(kind) if field.name in raw})
+    for key, value in vars(config).items():
+        most = 512 if "layer" in key and isinstance(value, int) else 2**24
+        fits = type(value) is int and 1 <= value <= most
+        if "eps" in key or key == "rope_theta":
+            fits = type(value) in (int, float) and 0 < value < 1e12
+        elif key == "tie_word_embeddings":
+            fits = type(value) is bool
+        if not fits and value is not None:
+            raise UserError(f"{file}: {key} = {str(value):.80} is nothing that a model can have")
+    if kind is GPT2Config:
+        heads_fit = config.n_embd % config.n_head == 0
+    else:
+        size = config.head_dim or config.hidden_size / config.num_attention_heads
+        heads_fit = size % 2 == 0 and config.num_attention_heads % config.num_key_value_heads == 0
+    if not heads_fit:
+        raise UserError(f"{file}: the width and the numbers of heads do not fit each other")
+    return config
+
+
+@torch.no_grad()
+def load_folder(folder):
+    """(model in fp32 on the CPU, its Tokenizer) of a release, or of any plain Hugging Face GPT-2 or LLaMA folder.
+
+    Raises UserError where the folder is none, needs what we do not have, or lacks, adds or repeats a tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: a run writes its release at its end, and names are not fetched "
+                        "from a hub; give a folder such as out/release")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no model folder (it has no config.json): name one such as out/release, and merge "
+                        "an adapter of PEFT into its model first")
+    if (folder / "model.safetensors.index.json").exists():
+        raise UserError(f"{folder} has model.safetensors.index.json beside or instead of model.safetensors: save the "
+                        "model in one model.safetensors alone")
+    model = build(read_config(folder / "config.json"), "meta")
+    wanted, tensors = dict(model.named_parameters()), {}
+    for name, tensor in load_safetensors(folder / "model.safetensors")[0].items():
+        prefix = "transformer." if model.model_type == "gpt2" else "model."
+        full = name if name in wanted or prefix + name not in wanted else prefix + name  # a body saved without its head
+        if full in tensors:
+            raise UserError(f"{folder} has the tensor {full} twice, with and without {prefix}: remove one")
+        if not name.endswith(CONSTANTS):
+            tensors[full] = tensor
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        embedding = next((name for name, p in wanted.items() if p is model.embedding().weight), "")
+        if embedding not in tensors or not torch.equal(head, tensors[embedding]):
+            raise UserError(f"{folder} ties its head to its embedding, but lm_head.weight and {embedding} differ: "
+                            "correct tie_word_embeddings in config.json, or remove lm_head.weight")
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise UserError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} missing in all): is it a whole model?")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise UserError(f"{folder} holds the tensor {extra[0]} ({len(extra)} in all) that this model has no place for")
+    for name, p in wanted.items():
+        if p.shape != tensors[name].shape or not tensors[name].is_floating_point():
+            raise UserError(f"{folder}: {name} is {list(tensors[name].shape)} of {tensors[name].dtype}, config.json "
+                            f"says {list(p.shape)} of floats")
+    model.to_empty(device="cpu")
+    model.tie()
+    for name, p in model.named_parameters():
+        p.copy_(tensors[name])
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.size != model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model {model.config.vocab_size}: "
+                        "they do not belong together")
+    return model, tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -458,24 +536,30 @@ def parts_by_kind(name, tensor):
 
 
 def main(argv=None):
-    from data.tokenizer import Tokenizer  # a model needs none
-
     parser = Parser("Continue a text with a release, or with any plain Hugging Face GPT-2 or LLaMA folder.")
-    parser.add_argument("release", help="the folder")
+    parser.add_argument("release", type=path, help="the folder")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the beginning [none]")
-    parser.add_argument("--tokens", type=int, default=120, metavar="N", help="tokens to add, at most [120]")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="below 1: likelier tokens [0.8]")
-    parser.add_argument("--top-k", type=int, default=50, metavar="N", help="draw from the N likeliest tokens [50]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text [0]")
+    parser.add_argument("--samples", type=number(int, 1, 10**6), default=1, metavar="N", help="texts to write [1]")
+    parser.add_argument("--tokens", type=number(int, 1, 10**6), default=120, metavar="N",
+                        help="tokens to add, at most [120]")
+    parser.add_argument("--temperature", type=number(float, 1e-3, 1e6), default=0.8, metavar="X",
+                        help="below 1: likelier tokens [0.8]")
+    parser.add_argument("--top-k", type=number(int, 1, 10**9), default=50, metavar="N",
+                        help="draw from the N likeliest tokens [50]")
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
+                        help="another number, another text [0]")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: a GPU if there is one")
     args = parser.parse_args(argv)
-    require(args.tokens >= 1, f"--tokens {args.tokens} is below 1")
-    require(1e-3 <= args.temperature < math.inf, f"--temperature {args.temperature} is no number from 0.001 on")
-    require(args.top_k >= 1, f"--top-k {args.top_k} is below 1")
-    require(0 <= args.seed < 2**63, f"--seed {args.seed} is outside 0 to 2**63 - 1")
-    model, tokenizer = load_folder(args.release, FAMILIES), Tokenizer.load(args.release)
-    start = torch.tensor([[tokenizer.eos, *tokenizer.encode(args.prompt)]])
-    text = model.generate(start, args.tokens, args.temperature, args.top_k, tokenizer.eos, args.seed)
-    print(tokenizer.decode(text[0, 1:].tolist()).removesuffix(tokenizer.decode([tokenizer.eos])))
+    device = pick_device(args.device)
+    model, tokenizer = load_folder(args.release)
+    model.to(device)
+    start = torch.tensor([[tokenizer.eos, *tokenizer.encode(args.prompt)]], device=device)
+    for sample in range(args.samples):
+        text = model.generate(start, args.tokens, args.temperature, args.top_k, tokenizer.eos, args.seed + sample)
+        ids = text[0, 1:].tolist()
+        say(tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos else ids))
+        if args.samples > 1:
+            say("-" * 40)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python pmp.py --rho 0.7
 
-This file is section 2 of the paper (arXiv:2602.00446), from top to bottom; equation numbers are the paper's. First the
-settings, and `pmp`, the whole of it. Stage I finds the ticket, stage II trains the ticket alone, stage III releases the
-weights without the mask. Last comes what the stages share, and the command line.
+This file is section 2 of the paper (arXiv:2602.00446); equation numbers are the paper's. First come the presets and the
+flags, then the parts that a fork changes: the top-k and the overlap of masks (stage I), the masked optimizer and the
+learning rate (stage II), the files. `main` is the whole run, from the flags to the release.
 
 A mask is a dict {parameter name: bool tensor}: True is the ticket, False the complement.
 """
@@ -12,237 +12,196 @@ A mask is a dict {parameter name: bool tensor}: True is the ticket, False the co
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for Ctrl-C alone: it ends the slow imports without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word
 
 import math
+import os
 import secrets
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+import time
+import zipfile
+from argparse import SUPPRESS, Namespace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.pack import BUFFER, CACHE, prepare
-from model import KINDS, GPT2Config, LlamaConfig, build, initial_value, initialise, parts_by_kind, secret_generator
-from runtime.console import Parser, Progress, check_fields, command_line, flag, flag_name, require
-from runtime.files import Stopped, UserError, write_json
-from runtime.folder import Folder, StopRequest
-from runtime.huggingface import save_folder
-from runtime.machine import Machine
-# Without --shard whole(x) is x, count(mask) the number of True, split_like(p, x) is x on p's device; in one process
-# from_first(f, ...) is f(...).
-from runtime.parallel import (assign, count, first_then_others, from_first, join_ranks, launcher, leave_ranks,
-                              memory_per_rank, place, share, split_like, whole, world)
-from runtime.safetensors import fingerprint, load_safetensors, raw_bytes, save_safetensors
-from runtime.tensors import bits, checksum, multiply_, shrink_, top_k
-from runtime.training import Reader, gradient, mean_loss, timed
+# Without --shard whole(x) is x, and split_like(p, x) is x on p's device; in one process from_first(f) is f().
+from common import (Parser, Progress, Stopped, UserError, any_rank, atomic, autocast, command_line, compile_model,
+                    fingerprint, first_then_others, from_first, gather, join_ranks, leave_ranks, load_safetensors, lock,
+                    mean_over_ranks, number, path, pick_device, pick_dtype, rank, save_safetensors, say, shard, sharded,
+                    split_like, stop_signals, whole, world, write_json)
+from data.text import BUFFER, CACHE, prepare
+from model import (CARD, GPT2Config, LlamaConfig, build, initial_value, load_folder, save_folder,
+                   secret_generator)
 
 # -----------------------------------------------------------------------------
-# settings
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model, the tokenizer of its text, and where its settings differ from the paper's, which are Config's."""
-
-    shape: GPT2Config | LlamaConfig  # the tokenizer decides its vocabulary
-    tokenizer: str = "gpt2"  # GPT-2's, or "bpe": 4,096 tokens trained on the text itself
-    defaults: dict = field(default_factory=dict)
-
+# presets: a model's shape, the tokenizer of its text, and where its settings differ from the paper's
 
 LAPTOP = {"data": "prose", "eb_steps": 50, "steps": 1000, "warmup": 60, "lr": 1.5e-3, "grad_accum": 1,
           "val_every": 200, "val_blocks": 64, "save_every": 200}
 MINI = {"vocab_size": 4096, "max_position_embeddings": 1024, "hidden_size": 192, "intermediate_size": 512,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 PRESETS = {
-    "tiny": Preset(LlamaConfig(  # a few minutes on a laptop
+    "tiny": (LlamaConfig(  # a few minutes on a laptop
         vocab_size=4096, max_position_embeddings=1024, hidden_size=256, intermediate_size=704,
         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2), "bpe", LAPTOP),
-    # a third of tiny, for sweeps of many models on a laptop; its head is tied to its embedding
-    "mini": Preset(LlamaConfig(**MINI, tie_word_embeddings=True), "bpe", LAPTOP),
-    "mini-untied": Preset(LlamaConfig(**MINI), "bpe", LAPTOP),
-    "mini-gpt2": Preset(GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
-    "gpt2": Preset(GPT2Config()),
-    "tinyllama": Preset(LlamaConfig()),  # the paper's 1.1B shape (section 4.1), with GPT-2's vocabulary
+    "mini": (LlamaConfig(**MINI, tie_word_embeddings=True), "bpe", LAPTOP),  # a third of tiny, for sweeps
+    "mini-untied": (LlamaConfig(**MINI), "bpe", LAPTOP),
+    "mini-gpt2": (GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=4), "bpe", LAPTOP),
+    "gpt2": (GPT2Config(), "gpt2", {}),
+    "tinyllama": (LlamaConfig(), "gpt2", {}),  # the paper's 1.1B shape (section 4.1), with GPT-2's vocabulary
 }
 
-
-@dataclass
-class Config:
-    """Everything that decides what a run computes. Each field is a flag.
-
-    Where section 4.1 or appendix A name a number it is the default. A preset may have its own: `tiny` does.
-    """
-
-    rho: float = flag(0.7, "share of all parameters that the ticket keeps, in (0, 1]; 1.0 trains without PMP")
-    preset: str = flag("tiny", "model and its defaults", tuple(PRESETS))
-    data: str = flag("slimpajama", "prose, slimpajama, or a .txt or .jsonl file, also .gz or .xz")
-    out: str = flag("out", "folder of the run: OUT/release is for publication, OUT/private stays with you")
-    mask: str = flag("earlybird", "how the ticket is found; random is the paper's ablation", ("earlybird", "random"))
-    score: str = flag("batch", "what EarlyBird ranks: |gradient| of the step's mini-batch (eq. 2), its running mean, "
-                      "|weight|, or |gradient * weight|", lambda: tuple(SCORES))
-    eb_steps: int = flag(500, "EarlyBird warm-up steps at most (t_EB)")
-    eb_iou: float = flag(0.99, "IoU of consecutive masks that counts as stable")
-    eb_patience: int = flag(5, "consecutive stable steps that end the warm-up")
-    steps: int = flag(20000, "optimizer updates of stage II")
-    warmup: int = flag(2000, "updates of learning-rate warm-up; unless given, at most a tenth of --steps")
-    lr: float = flag(2e-5, "peak learning rate; cosine decay to 0")
-    weight_decay: float = flag(0.1, "AdamW weight decay, on the ticket's matrices only")
-    clip: float = flag(1.0, "largest global norm of the masked gradient")
-    batch_size: int = flag(4, "sequences in a micro-batch")
-    grad_accum: int = flag(8, "micro-batches in an update")
-    block_size: int = flag(256, "tokens in a sequence")
-    val_every: int = flag(500, "updates between validations")
-    val_blocks: int = flag(512, "held-out sequences in a validation, at most")
-    save_every: int = flag(500, "updates between checkpoints")
-    shuffle_buffer: int = flag(BUFFER, "documents that are shuffled together")
-    cache: str = flag(str(CACHE), "folder that keeps prepared text")
-    seed: int = flag(42, "decides the order of the data; theta(0) and a random mask come from a secret")
-    init_seed: int = flag(None, "draw theta(0) from this number: then anyone can read the mask off the release")
-    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    dtype: str = flag("auto", "precision of matrix products; the weights stay fp32", ("auto", "fp32", "bf16"))
-    compile: str = flag("auto", "torch.compile; auto uses it on a GPU, and on a CPU for runs of over 0.5M tokens",
-                        ("auto", "on", "off"))
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
-    shard: bool = flag(False, "split weights, gradients, optimizer state and mask over torchrun's processes")
-
-    @property
-    def sequences(self):
-        """Sequences in a mini-batch, which is what one update sees."""
-        return self.batch_size * self.grad_accum
-
-
-# flags that say where and how a run computes, not what: --resume takes new ones
-MACHINE = ("cache", "device", "compile", "checkpointing", "shard")
-
 # -----------------------------------------------------------------------------
-# section 2 as a whole
+# the flags. Defaults are those of section 4.1 and appendix A; a preset may have its own
+
+ANEW = ("out", "cache", "device", "compile", "shard", "save_every", "resume")  # a resumed run may have others
+STAGE_1 = ("preset", "rho", "ticket", "score", "eb_steps", "eb_iou", "eb_patience", "init_seed", "twin")  # not --init's
+
+EXAMPLES = """examples:
+  python pmp.py --rho 0.7                                 a few minutes on a laptop
+  python pmp.py --rho 1.0 --twin out --out out-dense      the same without PMP
+  python pmp.py --data my.jsonl.xz --out mine             on your own text
+  python pmp.py --out mine --resume                       after Ctrl-C or a power cut
+  python pmp.py --init out/release --data my.txt --mask out/private/mask.safetensors --out tuned
+"""
 
 
-def pmp(run, make_optimizer=None):
-    """Section 2: from theta(0), or from the run's checkpoint, to the release. run: a Run, below.
+def parse(argv):
+    """(what was typed, the defaults), both {name: value}."""
+    parser = Parser("Pre-train with a private mask, and release the weights without it.", epilog=EXAMPLES,
+                    usage="python pmp.py [flags]")
+    defaults = {}
 
-    make_optimizer(params, masks, weight_decay): MaskedAdamW, or something with its methods.
+    def add(name, kind, default, help):
+        """kind: a tuple of choices, bool, or what turns the typed text into a value."""
+        defaults[name] = default
+        if name in LAPTOP:
+            help += f" [{LAPTOP[name]}; gpt2, tinyllama: {default}]"
+        elif default not in (None, False, str(CACHE)):
+            help += f" [{default}]"
+        if kind is bool:
+            form = {"action": "store_true"}
+        elif isinstance(kind, tuple):
+            form = {"choices": kind, "metavar": "NAME"}
+            help = f"{', '.join(kind)}: {help}"
+        else:
+            form = {"type": kind, "metavar": getattr(kind, "range", "NAME" if kind is str else "PATH")}
+        parser.add_argument("--" + name.replace("_", "-"), **form, default=SUPPRESS, help=help)
+
+    many = number(int, 1, 10**9)
+    add("rho", number(float, 1e-9, 1), 0.7, "share of all parameters in the ticket, 0 to 1; 1 is without PMP")
+    add("preset", tuple(PRESETS), "tiny", "model and its defaults")
+    add("data", path, "slimpajama", "prose, slimpajama, a .txt or .jsonl file (also .gz, .xz), or a folder of them")
+    add("out", path, "out", "the run's folder: OUT/release is for publication, OUT/private stays with you")
+    add("resume", bool, False, "go on if OUT holds a run, else begin")
+    add("twin", path, None, "take theta(0), order of text and settings of the run in this folder")
+    add("init", path, None, "go on from this release or Hugging Face folder: no stage I")
+    add("mask", path, None, "with --init: the release's mask; the ticket alone moves")
+    add("also", path, None, "with --init: another text; says how much of it is forgotten")
+    add("ticket", ("earlybird", "random"), "earlybird", "how the ticket is found")
+    add("score", ("batch", "mean"), "batch", "what EarlyBird ranks: |gradient| of a step (eq. 2), or its running mean")
+    add("eb_steps", many, 500, "EarlyBird warm-up steps at most (t_EB)")
+    add("eb_iou", number(float, 0, 1), 0.99, "IoU of consecutive masks that counts as stable")
+    add("eb_patience", many, 5, "consecutive stable steps that end the warm-up")
+    add("steps", many, 20000, "optimizer updates of stage II")
+    add("warmup", number(int, 0, 10**9), 2000, "updates of learning-rate warm-up, at most a tenth of --steps")
+    add("lr", number(float, 1e-12, 1e3), 2e-5, "peak learning rate; cosine decay to 0")
+    add("weight_decay", number(float, 0, 1e3), 0.1, "AdamW weight decay, on the ticket's matrices")
+    add("clip", number(float, 1e-12, 1e12), 1.0, "largest global norm of the masked gradient")
+    add("batch_size", number(int, 1, 10**6), 4, "sequences in a micro-batch")
+    add("grad_accum", number(int, 1, 10**6), 8, "micro-batches in an update")
+    add("block_size", number(int, 2, 2**24), 256, "tokens in a sequence")
+    add("val_every", many, 500, "updates between validations")
+    add("val_blocks", many, 512, "held-out sequences in a validation, at most")
+    add("save_every", many, 500, "updates between checkpoints")
+    add("shuffle_buffer", many, BUFFER, "documents that are shuffled together")
+    add("cache", path, str(CACHE), "folder that keeps prepared text")
+    add("seed", number(int, 0, 2**62), 42, "order of the text; theta(0) and a random mask come from a secret")
+    add("init_seed", number(int, 0, 2**62), None, "draw theta(0) from this number: then anyone can read the mask off")
+    add("device", str, "auto", "cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    add("dtype", ("auto", "fp32", "bf16"), "auto", "precision of matrix products; the weights stay fp32")
+    add("compile", ("auto", "on", "off"), "auto", "torch.compile; auto: on a GPU, and from 0.5M tokens on")
+    add("shard", bool, False, "split weights, gradients, moments and mask over torchrun's processes")
+    typed = vars(parser.parse_args(argv))
+    for name in ("data", "also", "init", "mask", "twin"):
+        if name in typed and typed[name] not in ("prose", "slimpajama"):
+            typed[name] = os.path.abspath(typed[name])  # so that a run can be resumed from another folder
+    return typed, defaults
+
+
+def settings_of(typed, defaults, saved, twin):
+    """The settings of a run, {name: value}. saved, twin: the checkpoints of this run and of its twin, or None.
+
+    Raises UserError that names a flag which does not go with the others.
     """
-    params = dict(run.model.named_parameters())
-    initialise(run.model, run.secret)  # theta(0)
-    run.compile()
-    saved, masks, step = run.load()  # of a new run: nothing; else the checkpoint's weights replace theta(0)
-    if not saved and run.config.rho < 1:
-        masks = find_ticket(run)  # stage I
-        run.keep_density(masks)
-        initialise(run.model, run.secret)  # back to theta(0)
-    optimizer = (make_optimizer or MaskedAdamW)(params, masks, run.config.weight_decay)
+    anew = {"out": defaults["out"], "shard": False, "resume": False}
     if saved:
-        optimizer.load_state(saved)
-    else:
-        run.save(masks, optimizer, step)  # so that a resumed run need not repeat stage I
-    pretrain(run, masks, optimizer, step)  # stage II
-    release(run, masks)  # stage III
+        for name, value in typed.items():
+            if name not in ANEW and value not in (saved["settings"][name], "auto"):
+                raise UserError(f"--{name.replace('_', '-')} {value} is not what the run in OUT has "
+                                f"({saved['settings'][name]}): leave it out, or name another --out")
+        return {**saved["settings"], **anew, **typed}
+    settings = {**defaults, **PRESETS[typed.get("preset", defaults["preset"])][2], **typed}
+    if twin:
+        settings = {**twin["settings"], **anew, **typed}
+    if settings["init"]:
+        if unfit := [name for name in STAGE_1 if name in typed]:
+            raise UserError(f"--{unfit[0].replace('_', '-')} has no meaning with --init: leave it out")
+        suits = {"steps": 500, "warmup": 50, "grad_accum": 1, "val_every": 100, "val_blocks": 64, "save_every": 100}
+        settings = {**defaults, **suits, "rho": None, "preset": None, "lr": None, **typed}
+        if "data" not in typed:
+            raise UserError("--init needs --data: the text to go on with")
+    elif settings["mask"] or settings["also"]:
+        raise UserError("--mask and --also have a meaning with --init alone: leave them out")
+    if "warmup" not in typed:
+        settings["warmup"] = min(settings["warmup"], settings["steps"] // 10)
+    if settings["warmup"] > settings["steps"]:
+        raise UserError(f"--warmup {settings['warmup']} is longer than --steps {settings['steps']}")
+    return settings
 
 
 # -----------------------------------------------------------------------------
 # stage I: private early-bird mask discovery (section 2.1)
 
-# What the top-k ranks, for one parameter theta at warm-up step t = 1, 2, …: g is its gradient, last the score of step
-# t - 1 (0.0 at first). The sign of a score does not count.
-SCORES = {
-    "batch": lambda theta, g, last, t: g,  # eq. 2
-    "mean": lambda theta, g, last, t: last + (g.abs() - last) / t,
-    "magnitude": lambda theta, g, last, t: theta,
-    "snip": lambda theta, g, last, t: g * theta,
-}
-
 
 def topk_mask(scores, k):
-    """Eq. 2: {name: bool mask} with exactly k True in all, at the k largest |score| over all parameters together.
+    """Eq. 2: {name: bool mask} with exactly k True in all, at the k largest |score| of all parameters together.
 
-    scores: {name: fp32 tensor}. Ties go to the first in the order of the dict, then of the flat index. It is this,
-
-        flat = torch.cat([score.abs().flatten() for score in scores.values()])
-        mask = torch.zeros(len(flat), dtype=torch.bool)
-        mask[flat.sort(descending=True, stable=True).indices[:k]] = True
-
-    without the sort and, but on a single GPU, without a copy of all scores.
+    scores: {name: fp32 tensor}. Ties go to the first in the order of the dict, then of the flat index. Raises
+    FloatingPointError where a score is not finite.
     """
-    return top_k(scores, k)
+    flat = torch.cat([whole(score).abs().flatten() for score in scores.values()])  # (d,)
+    if not math.isfinite(flat.max()):  # of a nan, too, the maximum is nan
+        raise FloatingPointError("a score of the mask is not finite")
+    if flat.is_cuda:
+        threshold = flat.kthvalue(len(flat) - k + 1).values  # TopK(g, k), the k-th largest
+    else:  # numpy finds it ten times as fast on a CPU
+        threshold = float(np.partition(flat.numpy(), len(flat) - k)[len(flat) - k])
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero()[:, 0]
+    mask[ties[:k - int(mask.count_nonzero())]] = True
+    parts = mask.split([score.numel() for score in scores.values()])
+    return {name: split_like(score, part.view(score.shape))
+            for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 def random_mask(params, k, secret):
     """The paper's ablation: exactly k entries, drawn from the run's secret: a public seed gives a public mask."""
-    def draw(name, p):
+    scores = {}
+    for name, p in params.items():
         uniform = secret_generator(secret, "mask/" + name).random(tuple(p.shape), dtype=np.float32)
-        return split_like(p, torch.from_numpy(uniform))
-
-    return topk_mask({name: draw(name, p) for name, p in params.items()}, k)
+        scores[name] = split_like(p, torch.from_numpy(uniform))
+    return topk_mask(scores, k)
 
 
 def iou(a, b):
-    """Eq. 3: intersection over union, |a & b| / |a | b|. Of two random masks it is rho / (2 - rho)."""
-    both = sum(count(a[name] & b[name]) for name in a)
-    either = sum(count(a[name] | b[name]) for name in a)
-    return both / either
-
-
-class EarlyBird:
-    """Eq. 4: the first mask whose IoU with the one before has stayed >= `threshold` for `patience` steps in a row.
-
-    Section 2.1 says "several successive steps", 4.1 an IoU of 0.99 for 5 steps. The mask at the end of them is taken.
-    """
-
-    def __init__(self, threshold, patience):
-        self.threshold, self.patience = threshold, patience
-        self.mask, self.streak = None, 0
-
-    def see(self, mask):
-        """Take the candidate of the next step. Returns its IoU with the last one (None for the first)."""
-        overlap = None if self.mask is None else iou(mask, self.mask)
-        self.streak = self.streak + 1 if overlap is not None and overlap >= self.threshold else 0
-        self.mask = mask
-        return overlap
-
-    @property
-    def stable(self):
-        return self.streak >= self.patience
-
-
-def find_ticket(run):
-    """Stage I: warm up the dense model from theta(0) for at most t_EB steps, and choose the ticket on the way.
-
-    run: a Run, below; run.gradient(t) leaves the gradient of mini-batch t in the parameters. The warm-up reads the
-    first mini-batches of the training data, and leaves a warmed-up model: the caller goes back to theta(0). Returns the
-    mask. A random mask needs no warm-up.
-    """
-    config = run.config
-    params = dict(run.model.named_parameters())
-    k = math.floor(config.rho * sum(p.numel() for p in params.values()))  # eq. 1
-    if config.mask == "random":
-        return random_mask(params, k, run.secret)
-    bird = EarlyBird(config.eb_iou, config.eb_patience)
-    optimizer = MaskedAdamW(params, None, config.weight_decay)  # no mask yet: plain AdamW
-    score, scores = SCORES[config.score], {}
-    chance = config.rho / (2 - config.rho)
-    for step in range(config.eb_steps):
-        loss = run.gradient(step)
-        for name, p in params.items():
-            scores[name] = score(p.detach(), p.grad, scores.get(name, 0.0), step + 1)
-        overlap = bird.see(topk_mask(scores, k))  # eq. 2 and 3
-        lr = config.lr * (step + 1) / config.eb_steps  # rises to the last step; not stage II's schedule
-        norm = optimizer.step(lr, config.clip)
-        numbers = {} if overlap is None else {"iou": overlap, "iou_chance": chance}
-        run.progress.step("I", step + 1, config.eb_steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
-        if bird.stable:  # eq. 4
-            run.progress.say(f"stage I: the mask is stable (IoU >= {config.eb_iou} for {config.eb_patience} steps) "
-                             f"after {step + 1} steps; two random masks would share {chance:.2f}")
-            break
-        if run.stop:
-            run.leave("stage I keeps no checkpoint, it will begin again")
-    else:
-        last = "none" if overlap is None else f"{overlap:.3f}"
-        run.progress.say(f"stage I: no stable mask within {config.eb_steps} steps (last IoU {last}, wanted "
-                         f"{config.eb_iou}, chance {chance:.2f}): the ticket is the last mask")
-    return bird.mask
+    """Eq. 3: intersection over union, |a & b| / |a | b|. Of two random masks it is about rho / (2 - rho)."""
+    both = sum((whole(a[name]) & whole(b[name])).count_nonzero() for name in a)
+    either = sum((whole(a[name]) | whole(b[name])).count_nonzero() for name in a)
+    return float(both / either)
 
 
 # -----------------------------------------------------------------------------
@@ -263,19 +222,21 @@ class MaskedAdamW:
         self.optimizer = torch.optim.AdamW(list(params.values()), betas=betas, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
-    def step(self, lr, clip=math.inf):
+    def step(self, lr, clip):
         """Update by the gradients, then drop them. Returns the global norm of the masked gradient before clipping.
 
         Raises FloatingPointError, with nothing changed, where that norm is not finite.
         """
-        for name, mask in self.masks.items():
-            multiply_(self.params[name].grad, mask)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.params.values(), clip)).item()
+        if masked := [name for name in self.params if name in self.masks]:
+            torch._foreach_mul_([self.params[name].grad for name in masked], [self.masks[name] for name in masked])
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.params.values(), clip)))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
         for name, p in self.params.items():
-            if p.ndim >= 2 and self.weight_decay:
-                shrink_(p, self.masks.get(name), lr * self.weight_decay)
+            if p.ndim >= 2 and name in self.masks:
+                p.addcmul_(p, self.masks[name], value=-lr * self.weight_decay)
+            elif p.ndim >= 2:
+                p.mul_(1 - lr * self.weight_decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -283,428 +244,395 @@ class MaskedAdamW:
         return norm
 
     def state(self):
-        """{"optimizer.KEY.NAME": tensor} after the first step."""
-        return {f"optimizer.{key}.{name}": value for name, p in self.params.items()
+        """{"KEY.NAME": tensor} of AdamW's moments and counts."""
+        return {f"{key}.{name}": value for name, p in self.params.items()
                 for key, value in self.optimizer.state.get(p, {}).items()}
 
-    def load_state(self, tensors):
-        """Take back what state() gave."""
-        def onto(p, value):  # a copy, for `tensors` may be views of a file
-            value = value.to(p.device, copy=True)
-            return split_like(p, value) if value.ndim else value  # "step" is a single number
-
-        for name, p in self.params.items():
-            end = "." + name
-            found = {key.removeprefix("optimizer.").removesuffix(end): value for key, value in tensors.items()
-                     if key.startswith("optimizer.") and key.endswith(end)}
-            self.optimizer.state[p] = {key: onto(p, value) for key, value in found.items()}
+    def load_state(self, state):
+        """Take back what state() gave, as whole tensors."""
+        for entry, value in state.items():
+            key, name = entry.split(".", 1)
+            p, value = self.params[name], value.clone()  # it may be a view of the checkpoint's file
+            self.optimizer.state[p][key] = split_like(p, value) if value.ndim else value.to(p.device)
 
 
-def learning_rate(step, config):
-    """Linear warm-up, then cosine decay to 0 at config.steps; step counts from 0."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def pretrain(run, masks, optimizer, step):
-    """Stage II from update `step` to the end; masks None is dense training."""
-    config = run.config
-    frozen = Complement(run.model, masks)
-    while step < config.steps:
-        loss = run.gradient(step)
-        lr = learning_rate(step, config)
-        norm = optimizer.step(lr, config.clip)  # eq. 5
-        step += 1
-        numbers = {}
-        if step % config.val_every == 0 or step == config.steps:
-            numbers["val_loss"] = run.validate()
-        if step == 1 or "val_loss" in numbers:
-            frozen.check(step)
-        run.progress.step("II", step, config.steps, loss=loss, **numbers, lr=lr, grad_norm=norm)
-        stop = bool(run.stop)
-        if step % config.save_every == 0 or step == config.steps or stop:
-            run.save(masks, optimizer, step)
-        if stop and step < config.steps:
-            run.leave(f"saved after update {step}")
-
-
-COMPLEMENT_MOVES = False  # a fork that moves the complement on purpose says True here
-
-
-class Complement:
-    """An early alarm, by a checksum of each parameter, when the complement moves. The proof is in `release`."""
-
-    def __init__(self, model, masks):
-        self.params = {name: p for name, p in model.named_parameters() if masks}
-        self.masks = masks
-        self.before = self.checksums()
-
-    def checksums(self):
-        return {name: checksum(p, self.masks[name]) for name, p in self.params.items()}
-
-    def check(self, step):
-        """Raise UserError that names a parameter whose complement has moved."""
-        now = self.checksums()
-        if not COMPLEMENT_MOVES and (moved := [name for name in now if now[name] != self.before[name]]):
-            raise UserError(f"the complement of {moved[0]} has moved by update {step}, where eq. 5 keeps it at "
-                            "theta(0): mask what your optimizer does, or set COMPLEMENT_MOVES = True in pmp.py")
+def learning_rate(step, args):
+    """Linear warm-up, then cosine decay to 0 at args.steps; step counts from 0."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # -----------------------------------------------------------------------------
-# stage III: release without the mask (section 2.3)
-#
-# What the exact bits of a release could tell an attacker, and what is done about it:
-# - A frozen weight is a draw that was rounded once, so its bits have no pattern: see initial_value in model.py.
-# - A zero step must change no bit, so theta(0) holds no -0.0, which adding 0 turns into 0.0.
-# - Norm gains and biases start as constants. One that is still exactly 1 or 0 was frozen: this is not hidden.
-# - Weight decay multiplies the ticket alone, and a rounded product could leave gaps between its values. Adam's step
-#   follows at once and closes them, but for an entry that never has a gradient; a ticket has few of those.
-# - A tied head is one tensor with one mask, so no copy of it can disagree.
-# - The order of the tensors, the header and the other files are the same for every mask, and without one. The
-#   checksum in the header is a function of the published bytes.
-# - A model that an authorised user fine-tuned differs from the release in the ticket alone. In any precision, whoever
-#   publishes it publishes the mask.
-
-
-def complement_moved(model, masks, secret):
-    """How many entries outside the ticket differ, in any bit, from theta(0): 0, or something is broken."""
-    moved = 0
-    for name, p in model.named_parameters():
-        theta_0 = split_like(p, initial_value(model, name, p.shape, secret))
-        moved += count((bits(p) != bits(theta_0)) & ~masks[name])
-    return moved
-
-
-def release(run, masks):
-    """Publish the dense weights, the config and the tokenizer; keep the mask."""
-    params = dict(run.model.named_parameters())
-    if masks:
-        moved = complement_moved(run.model, masks, run.secret)
-        if moved and not COMPLEMENT_MOVES:
-            raise UserError(f"{moved} entries of the complement have left theta(0): nothing was released; see "
-                            "COMPLEMENT_MOVES in pmp.py")
-        save_mask(run.folder.private / "mask.safetensors", masks, params)
-    save_folder(run.folder.release, run.model, f"A language model ({run.config.preset})", run.facts())
-    from_first(run.tokenizer.save, run.folder.release, run.model.max_positions)
-
-
-# -----------------------------------------------------------------------------
-# the mask's file, and its shape: both stay private
+# the mask's file and the run's folder: both are secret
 
 
 def pack_mask(masks):
-    """{name: uint8}: the masks at one bit a parameter, in flat order, most significant bit first."""
-    return {name: torch.from_numpy(np.packbits(raw_bytes(mask))) for name, mask in masks.items()}
+    """{name: uint8}: masks (whole, on the CPU) at one bit a parameter, in flat order, most significant bit first."""
+    return {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in masks.items()}
 
 
 def unpack_mask(packed, params):
-    """The mask of pack_mask, shaped like params. Raises UserError where they do not fit."""
-    unfit = packed.keys() ^ params.keys()
-    unfit |= {name for name in packed.keys() & params.keys() if packed[name].dtype != torch.uint8
-              or packed[name].shape != ((params[name].numel() + 7) // 8,)}
-    if unfit:
-        raise UserError(f"the mask does not fit the model at {min(unfit)}: it was made for another model")
+    """The mask of pack_mask, shaped and split like params. Raises UserError where they do not fit."""
     masks = {}
     for name, p in params.items():
-        flags = np.unpackbits(packed[name].numpy(), count=p.numel())
-        masks[name] = split_like(p, torch.from_numpy(flags).view(torch.bool).view(p.shape))
+        bits = packed.get(name, torch.empty(0))
+        if bits.dtype != torch.uint8 or bits.shape != ((p.numel() + 7) // 8,) or packed.keys() != params.keys():
+            raise UserError(f"the mask does not fit the model at {name}: it was made for another model")
+        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=p.numel())).view(torch.bool)
+        masks[name] = split_like(p, flat.view(p.shape))
     return masks
 
 
-def save_mask(path, masks, params):
-    """Write the mask, for the owner alone, bound by its sha256 to the release of `params`."""
-    save_safetensors(path, pack_mask(masks), {"weights_sha256": fingerprint(params)}, mode=0o600)
-
-
-def load_mask(path, params):
-    """The mask of save_mask. Raises UserError for a damaged file or the mask of another release."""
-    packed, metadata = load_safetensors(path)
+def load_mask(file, params):
+    """The mask in the file of a run. Raises UserError for a damaged file, or the mask of another release."""
+    packed, metadata = load_safetensors(file)
     if metadata.get("weights_sha256") != fingerprint(params):
-        raise UserError(f"{path} was made for another release: use the mask that was written with these weights")
+        raise UserError(f"{file} was made for another release: use the mask that was written with these weights")
     return unpack_mask(packed, params)
 
 
-def density_by_kind(masks):
-    """{kind of layer: share of its parameters in the ticket}. Private: it tells an attacker where to look."""
-    kept, size = {}, {}
-    for name, mask in masks.items():
-        for kind, part in parts_by_kind(name, whole(mask)):
-            kept[kind] = kept.get(kind, 0) + int(part.sum())
-            size[kind] = size.get(kind, 0) + part.numel()
-    return {kind: kept[kind] / size[kind] for kind in KINDS if kind in size}
+@contextmanager
+def run_folder(out):
+    """OUT/private, for its owner alone, inside the block; no other process can use it. Leaves no folder without a run.
+
+    Raises UserError where it is somebody else's, or in use.
+    """
+    out, private = Path(out), Path(out) / "private"
+    for folder in (private, out / "release"):
+        if folder.is_symlink() or folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} must be a folder of its own, not a link or anything else: remove it")
+    new = [folder for folder in (private, out, *out.parents) if not folder.exists()]
+    if out.exists() and not (private / "checkpoint.pt").exists():
+        if found := [file.name for file in out.iterdir() if file != private]:
+            raise UserError(f"{out} is not empty, it holds {found[0]}: name another --out")
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if private.stat().st_uid != os.getuid():
+        raise UserError(f"{private} belongs to another user, who could read the secret: name another --out")
+    private.chmod(0o700)
+    with lock(private / "lock") as mine:
+        if not mine:
+            raise UserError(f"another process is using {out}: wait for it, or name another --out")
+        try:
+            yield private
+        finally:
+            if not (private / "checkpoint.pt").exists():
+                (private / "lock").unlink(missing_ok=True)
+                for folder in new:
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+
+
+def load_checkpoint(out):
+    """The checkpoint of the run in `out`, or None where there is none. Raises UserError where it is damaged."""
+    file = Path(out) / "private" / "checkpoint.pt"
+    if not file.exists():
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch.load does not see a flipped bit
+        if damaged is None:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged file raises
+        if isinstance(error, OSError) and error.filename:
+            raise
+    raise UserError(f"{file} is damaged: restore it from a copy, or start a new run with another --out")
 
 
 # -----------------------------------------------------------------------------
-# what the stages share
-
-
-def identity(config, secret, tokenizer):
-    """What a run's checkpoint belongs to: {name: JSON value} of all that decides its numbers."""
-    settings = {name: value for name, value in asdict(config).items() if name not in (*MACHINE, "out")}
-    return settings | {"secret": secret.hex(), "tokenizer": tokenizer}
-
-
-class Run:
-    """One run: its settings and secret, its text and model, its folder and machine."""
-
-    def __init__(self, config, secret, folder):
-        """secret: bytes that theta(0) is drawn from; folder: Folder."""
-        self.config, self.secret, self.folder = config, secret, folder
-        self.stop = False  # or a StopRequest, true when the user asks
-        self.machine = Machine(config.device, config.dtype)
-        from_first(share, config.sequences)  # what cannot be shared fails once, and before anything is prepared
-        tokenizer = PRESETS[config.preset].tokenizer
-        self.tokens = config.sequences * config.block_size  # in an update
-        self.tokenizer, train, validation = first_then_others(lambda: prepare(
-            config.data, tokenizer, max(config.steps, config.eb_steps) * self.tokens, seed=config.seed,
-            cache=config.cache, shuffle_buffer=config.shuffle_buffer, say=partial(print, flush=True)))
-        self.train, self.validation = (Reader(text, config.batch_size, config.block_size, self.machine.device)
-                                       for text in (train, validation))
-        train.read(0, config.sequences, config.block_size)  # too small a text fails before anything is written
-        self.identity = identity(config, secret, self.tokenizer.fingerprint)
-
-    def begin(self):
-        """Build the model, its weights still empty, and open the log."""
-        config = self.config
-        saved, state = self.folder.load(self.identity)
-        shape = replace(PRESETS[config.preset].shape, vocab_size=self.tokenizer.size)
-        self.model, layout = place(partial(build, shape), self.machine.device, config.shard)
-        self.model.checkpointing = config.checkpointing
-        for name, p in self.model.named_parameters():
-            if saved and getattr(saved.get(f"model.{name}"), "shape", None) != p.shape:
-                raise UserError(f"the checkpoint in {self.folder.private} has no {name} of this model: restore it from "
-                                "a copy, or start a new run with another --out")
-        self.progress = Progress(self.folder.open_log(state.get("log_bytes", 0)), self.tokens)
-        d = sum(p.numel() for p in self.model.parameters())
-        self.progress.say(f"{config.preset}: {d:,} parameters, {self.tokens:,} tokens an update, {self.machine.device} "
-                          f"{self.machine.dtype}{layout}")
-
-    def compile(self):
-        """torch.compile, where the settings and the machine want it."""
-        if self.machine.wants_compile(self.config.compile, self.config.steps * self.tokens):
-            self.machine.compile(self.model, self.train.micro_batches(range(self.config.sequences))[0],
-                                 self.progress.say)
-
-    def gradient(self, step):
-        """Leave the gradient of mini-batch number `step` in the parameters; returns its mean loss in nats.
-
-        Which text that is depends on the number alone, so that a resumed run needs no state.
-        """
-        size = self.config.sequences
-        mini_batch = self.train.micro_batches(range(step * size, (step + 1) * size))
-        return gradient(self.model, mini_batch, self.machine)
-
-    def validate(self):
-        """Mean loss in nats over the same held-out sequences each time."""
-        with self.progress.pause():
-            return mean_loss(self.model, self.validation.held_out(self.config.val_blocks), self.machine)
-
-    # ---- the folder ----
-
-    def facts(self):
-        """What the model card says. It must not depend on rho or the mask."""
-        config = self.config
-        return [f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.model.model_type}, "
-                f"{self.model.max_positions:,} positions",
-                f"byte-level BPE of {self.tokenizer.size:,} tokens",
-                f"trained on {Path(config.data).name}, {config.steps:,} updates of {config.sequences} sequences of "
-                f"{config.block_size} tokens"]
-
-    def save(self, masks, optimizer, step):
-        """Write the checkpoint: weights, optimizer state, mask. All of it is secret."""
-        with self.progress.pause():
-            tensors = {f"model.{name}": p for name, p in self.model.named_parameters()} | optimizer.state()
-            tensors |= {f"mask.{name}": packed for name, packed in pack_mask(masks or {}).items()}
-            state = {"step": step, "log_bytes": self.progress.log_bytes()}
-            self.folder.save(tensors, state, self.identity)
-
-    def load(self):
-        """Put the checkpoint's weights into the model. Returns (its tensors, mask, step); ({}, None, 0) without one."""
-        saved, state = self.folder.load(self.identity)
-        if not saved:
-            return {}, None, 0
-        params = dict(self.model.named_parameters())
-        for name, p in params.items():
-            assign(p, saved[f"model.{name}"])
-        packed = {name: saved[f"mask.{name}"] for name in params if f"mask.{name}" in saved}
-        last = state["step"] == self.config.steps
-        self.progress.say("all updates are done: the release is written again" if last else
-                          f"going on after update {state['step']}")
-        return saved, unpack_mask(packed, params) if packed else None, state["step"]
-
-    def keep_density(self, masks):
-        """Write down the ticket's density. It goes to the private folder, never to the screen or the log."""
-        path = self.folder.private / "density.json"
-        from_first(write_json, path, density_by_kind(masks), 0o600)
-        self.progress.say(f"the ticket's density by kind of layer is in {path}")
-
-    def leave(self, what):
-        print(f"\nstopped: {what}; go on with: {launcher()} pmp.py --resume {self.folder.out}", flush=True)
-        leave_ranks(130)
-        raise SystemExit(130)
-
-
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def check(config):
-    """Raise UserError for settings that no run can have."""
-    check_fields(config)
-    for name in ("eb_steps", "eb_patience", "steps", "batch_size", "grad_accum", "val_every", "val_blocks",
-                 "save_every", "shuffle_buffer"):
-        most = 10**6 if name in ("batch_size", "grad_accum") else 10**9
-        require(1 <= getattr(config, name) <= most,
-                f"{flag_name(name)} {getattr(config, name)} is below 1 or above {most}")
-    for name in ("seed", "init_seed"):
-        number = getattr(config, name) or 0
-        require(0 <= number < 2**63, f"{flag_name(name)} {number} is outside 0 to 2**63 - 1")
-    model = build(PRESETS[config.preset].shape, device="meta")
-    d = sum(p.numel() for p in model.parameters())
-    require(0 < config.rho <= 1, f"--rho {config.rho} is outside (0, 1]: it is the share of parameters in the ticket")
-    require(config.rho * d >= 1, f"--rho {config.rho} leaves no parameter in the ticket: raise it")
-    require(0 <= config.warmup <= config.steps,
-            f"--warmup {config.warmup} is longer than the run: it must be 0 to --steps ({config.steps})")
-    require(0 < config.lr < math.inf, f"--lr {config.lr} is not a positive number")
-    require(0 <= config.eb_iou <= 1, f"--eb-iou {config.eb_iou} is outside [0, 1]")
-    require(0 <= config.weight_decay < 1 / config.lr,
-            f"--weight-decay {config.weight_decay} must be at least 0 and below 1/lr")
-    require(0 < config.clip < math.inf,
-            f"--clip {config.clip} is not a positive number: use a large one for no clipping")
-    require(2 <= config.block_size <= model.max_positions,
-            f"--block-size {config.block_size} is outside 2 to the {model.max_positions} positions of "
-            f"--preset {config.preset}")
-
-
-def plan(config):
-    """Print what a run would take, at the speed of this machine. Writes nothing."""
-    machine = Machine(config.device, config.dtype)
-    shape = PRESETS[config.preset].shape
-    model = build(shape, device="meta")
-    d = sum(p.numel() for p in model.parameters())
-    warmed_up = config.rho < 1 and config.mask == "earlybird"
-    updates = config.steps + (config.eb_steps if warmed_up else 0)
-    tokens = updates * config.sequences * config.block_size
-    # stage I keeps the scores of its last step while it computes the next gradient; a single GPU ranks a copy of them
-    scores = warmed_up * (6 if machine.device.type == "cuda" and not config.shard else 4)
-    memory = memory_per_rank(model, world() if config.shard else 1, mask=int(config.rho < 1), scores=scores)
-    print(f"{config.preset}: {d:,} parameters; {updates:,} updates of {config.sequences} x {config.block_size} tokens")
-    print(f"tokens: {tokens:,} ({tokens / d:.2f} a parameter)")
-    print(f"FLOPs: {tokens * model.flops_per_token(config.block_size):.2e}")
-    print(f"memory of each process, without activations: {sum(memory.values()) / 2**30:.2f} GiB ("
-          + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in memory.items() if size) + ")")
-    checkpoint = 12 * d + (d / 8 if config.rho < 1 else 0)
-    text = 2 * max(config.steps, config.eb_steps) * config.sequences * config.block_size
-    print(f"disk: about {(2 * checkpoint + text) / 2**30:.3g} GiB, while a new checkpoint is written beside the old "
-          f"(a checkpoint {checkpoint / 2**30:.3g}, text {text / 2**30:.3g}, the release {4 * d / 2**30:.3g})")
-    model = build(shape, machine.device)
-    initialise(model, b"plan")
-    idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=machine.device)
-    seconds = min(timed(partial(gradient, model, [idx], machine)) for _ in range(2))
-    hours = updates * config.grad_accum * seconds / 3600 / world()
-    print(f"time: {hours:.1f} hours at {idx.numel() / seconds:,.0f} tokens/s, the gradient of one micro-batch on "
-          f"{machine.device} in {machine.dtype}, not compiled")
-
-
-EXAMPLES = """examples:
-  python pmp.py --rho 0.7                        a few minutes on a laptop
-  python pmp.py --rho 1.0 --out out-dense        the same without PMP
-  python pmp.py --data my.jsonl.xz --out mine    on your own text
-  python pmp.py --preset tinyllama --plan        what the paper's run takes
-  python pmp.py --preset tinyllama --out paper   the paper's run
-  python pmp.py --resume paper                   after Ctrl-C or a power cut
-"""
-
-
-def parse(argv):
-    """(Config, None, whether to plan only) for a new run, or ({machine flag: value}, OUT, False) for --resume OUT."""
-    parser = Parser("Pre-train with a private mask, and release the weights without it.", epilog=EXAMPLES)
-    parser.add_fields(Config, typed_only=True, show=default_text)
-    parser.add_argument("--resume", metavar="OUT", help="go on with the run in OUT; it keeps its settings")
-    parser.add_argument("--plan", action="store_true", help="print what the run would take, and do nothing")
-    given = vars(parser.parse_args(argv))
-    out, planned = given.pop("resume"), given.pop("plan")
-    if out is not None:
-        if unwanted := [name for name in given if name not in MACHINE]:
-            raise UserError(f"--resume keeps the settings of the run: leave out {flag_name(unwanted[0])}")
-        require(not planned, "--plan has no meaning with --resume: leave one out")
-        return given, out, False
-    config = Config(**{**PRESETS[given.get("preset", Config.preset)].defaults, **given})
-    if "warmup" not in given:
-        config.warmup = min(config.warmup, config.steps // 10)
-    check(config)
-    return config, None, planned
-
-
-def default_text(f):
-    """What -h says of the default of a Config field."""
-    if f.default is None or f.name == "cache":
-        return ""
-    if f.name in LAPTOP:
-        return f" [{LAPTOP[f.name]}; gpt2, tinyllama: {f.default}]"
-    return f" [{f.default}]"
-
-
-def new_run(config, folder):
-    """Draw the secret of theta(0), and write down what the run is before it begins."""
-    folder.check_unused()
-    # resumed elsewhere, "auto" could be another one
-    config.dtype = from_first(lambda: Machine(config.device, config.dtype).dtype)
-    secret = from_first(secrets.token_bytes, 32)
-    if config.init_seed is not None:
-        secret = f"init-seed {config.init_seed}".encode()
-        print("note: with --init-seed anyone who guesses the number can redraw the initial weights and read the mask "
-              "off the release", flush=True)
-    run = Run(config, secret, folder)
-    folder.write_record({"config": asdict(config), "init_secret": run.secret.hex(),
-                         "tokenizer": run.tokenizer.fingerprint})
-    return run
-
-
-def resumed_run(machine_flags, folder):
-    """The run that a folder holds, with its own settings, checked like those of a new one."""
-    record = folder.read_record()
-    try:
-        require(record["config"].keys() == asdict(Config()).keys(), "other settings")
-        config = Config(**{**record["config"], "out": str(folder.out), **machine_flags})
-        secret, tokenizer = bytes.fromhex(record["init_secret"]), record["tokenizer"]
-        require(len(secret) == 32 or config.init_seed is not None, "another secret")
-    except (ValueError, KeyError, TypeError, AttributeError, UserError):
-        raise UserError(f"{folder.record} is damaged: restore it from a copy, or start a new run") from None
-    try:
-        check(config)
-    except UserError as error:
-        raise UserError(f"{folder.record}: {error}") from None
-    folder.load(identity(config, secret, tokenizer))  # an edited record shows before any text is prepared for it
-    run = Run(config, secret, folder)
-    if run.tokenizer.fingerprint != tokenizer:
-        raise UserError(f"the text or tokenizer of {folder.out} has changed since the run began: put the old one back")
-    return run
+# the run
 
 
 def main(argv=None):
+    """Section 2, from the flags to the release. argv: what was typed, a list of str.
+
+    Raises UserError for what a user can mend, Stopped when a signal asked for the end.
+    """
     join_ranks()
-    config, out, planned = from_first(parse, argv)
-    if planned:
-        plan(config)
-        leave_ranks()
-        return
-    with Folder(config.out if out is None else out) as folder:
-        run = new_run(config, folder) if out is None else resumed_run(config, folder)
+    typed, defaults = from_first(lambda: parse(argv))
+    out = Path(typed.get("out", defaults["out"]))
+    with ExitStack() as leaving:
+
+        # ---- the folder, the settings, the secret
+
+        private = from_first(lambda: leaving.enter_context(run_folder(out)))
+        if not private.is_dir():
+            raise UserError(f"rank {rank()} does not see {private}: --out must be on a disk that all machines share")
+        saved = load_checkpoint(out)
+        if saved and "resume" not in typed:
+            raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another --out")
+        twin = None
+        if "twin" in typed and not saved:
+            twin = load_checkpoint(typed["twin"])
+            if not twin:
+                raise UserError(f"--twin {typed['twin']} holds no run: name the --out of one")
+        args = Namespace(**settings_of(typed, defaults, saved, twin))
+        args.shard = args.shard and world() > 1
+        device = pick_device(args.device)
+        args.dtype = from_first(lambda: pick_dtype(args.dtype, device))  # resumed elsewhere, "auto" could be another
+        sequences = args.batch_size * args.grad_accum  # in an update
+        share = sequences // world()  # of which this rank reads
+        if share * world() != sequences:
+            raise UserError(f"{sequences} sequences an update cannot be shared equally by {world()} ranks: make "
+                            f"--batch-size times --grad-accum a multiple of {world()}")
+
+        secret = from_first(lambda: secrets.token_hex(32))  # whoever has it redraws theta(0), and reads the mask off
+        if args.init_seed is not None:
+            secret = f"init-seed {args.init_seed}".encode().hex()
+            say("note: with --init-seed anyone who guesses the number can redraw theta(0) and read the mask off")
+        if saved or twin:
+            secret = (saved or twin)["secret"]
+
+        # ---- the text. What is too short is found out now, before anything is trained
+
+        asked = []  # signals that asked for the end, once training begins
+
+        def check():
+            """Leave while waiting for text, if a signal asks for it."""
+            if asked and not args.shard:  # ranks that hold a share each leave together, after an update
+                raise Stopped(128 + asked[0])
+
+        if args.init:
+            model, tokenizer = first_then_others(lambda: load_folder(args.init))
+            shape = model.config
+            origin = {name: p.detach() for name, p in model.named_parameters()}  # in place of theta(0)
+            args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
+        else:
+            shape, tokenizer, _ = PRESETS[args.preset]
+        texts = {}  # what they are, which must not change
+        if saved or twin and not {"data", "seed", "shuffle_buffer"} & typed.keys():
+            texts = (saved or twin)["texts"]
+        want = max(args.steps, args.eb_steps) * sequences * args.block_size
+        tokenizer, train, held = first_then_others(lambda: prepare(
+            args.data, tokenizer, want, args.seed, args.cache, args.shuffle_buffer, texts.get("data"), check))
+        held_out = {args.data: held}
+        if args.also:
+            _, other, held_out[args.also] = first_then_others(lambda: prepare(
+                args.also, tokenizer, 0, args.seed, args.cache, args.shuffle_buffer, texts.get("also"), check))
+        texts = {"data": train.identity, "also": other.identity if args.also else None}
+        for name, tokens in held_out.items():
+            if tokens.blocks(args.block_size) < world():
+                raise UserError(f"{name} has {tokens.state['tokens']:,} held-out tokens, and a validation needs "
+                                f"{world()} x {args.block_size}: give more text, or a smaller --block-size")
+        train.read(0, sequences, args.block_size)  # waits for the first window
+
+        # ---- the model, and where the run stands
+
+        shape = replace(shape, vocab_size=tokenizer.size)
+        model = shard(build(shape, "meta"), device) if args.shard else build(shape, device)
+        params = dict(model.named_parameters())
+        d = sum(p.numel() for p in params.values())
+        k = math.floor(args.rho * d) if args.rho else d  # eq. 1: the size of the ticket
+        if k < 1 or args.block_size > model.max_positions:
+            raise UserError(f"--rho {args.rho} of {d:,} parameters and --block-size {args.block_size} of "
+                            f"{model.max_positions} positions: raise the one, or lower the other")
+
+        def theta_0(name):
+            """What a parameter begins with, whole: a draw from the secret, or the release that --init names."""
+            if args.init:
+                return origin[name]
+            return initial_value(model, name, params[name].shape, bytes.fromhex(secret))
+
+        @torch.no_grad()
+        def fill(values):
+            """Put values(name), a whole tensor, into each parameter."""
+            for name, p in params.items():
+                p.copy_(split_like(p, values(name)))
+
+        stage, step, streak, overlap = "I", 0, 0, 0.0  # streak: of steps with a stable mask; overlap: the last IoU
+        masks, scores, before = None, {}, {}  # scores: the running mean; before: held-out losses of --init
+        if saved:
+            stage, step, streak, overlap = saved["stage"], saved["step"], saved["streak"], saved["overlap"]
+            masks = unpack_mask(saved["mask"], params) if saved["mask"] else None
+            scores = {name: split_like(params[name], score.clone()) for name, score in saved["scores"].items()}
+            before = saved["before"]
+            fill(saved["weights"].get)
+        else:
+            fill(theta_0)
+            if args.mask:
+                masks = load_mask(args.mask, origin)
+            elif args.ticket == "random" and k < d:
+                masks = random_mask(params, k, bytes.fromhex(secret))
+            if masks or k == d:
+                stage = "II"
+        optimizer = MaskedAdamW(params, masks if stage == "II" else None, args.weight_decay)
+        if saved and saved["optimizer"] != type(optimizer.optimizer).__name__:
+            raise UserError(f"the run in {out} was trained with {saved['optimizer']}, and pmp.py has another optimizer "
+                            "now: put the old one back, or name another --out")
+        if saved:
+            optimizer.load_state(saved["moments"])
+        log_bytes = saved["log_bytes"] if saved else 0
+        progress = Progress(sequences * args.block_size, "tokens/s", out / "log.jsonl", log_bytes)
+
+        def save():
+            """Write the checkpoint. All of it is secret."""
+            content = {
+                "settings": vars(args), "secret": secret, "texts": texts, "stage": stage, "step": step,
+                "streak": streak, "overlap": overlap, "before": before, "log_bytes": progress.bytes,
+                "scores": gather(scores), "mask": pack_mask(gather(masks or {})), "weights": gather(params),
+                "moments": gather(optimizer.state()), "optimizer": type(optimizer.optimizer).__name__}
+            if rank() == 0:
+                with atomic(private / "checkpoint.pt", 0o600) as file:
+                    torch.save(content, file)
+
+        def gradient(step):
+            """Leave the gradient of mini-batch number `step` in the parameters; returns its mean loss in nats.
+
+            Which text that is depends on the number alone, so that a resumed run needs no state.
+            """
+            first, total = step * sequences + rank() * share, 0.0
+            for start in range(0, share, args.batch_size):
+                idx = train.read(first + start, min(args.batch_size, share - start), args.block_size)  # (b, T)
+                if device.type == "cuda":
+                    idx = idx.pin_memory()  # so that the copy need not wait for what the GPU does
+                idx = idx.to(device, non_blocking=True)
+                with autocast(device, args.dtype):
+                    loss = model(idx, idx) * (len(idx) / share)
+                loss.backward()
+                total += loss.detach()
+            mean_over_ranks([total, *(p.grad for p in params.values() if not sharded(p))])  # FSDP has averaged its own
+            return total
+
+        @torch.no_grad()
+        def validate(tokens):
+            """Mean loss in nats over the same held-out sequences each time."""
+            count = min(args.val_blocks, tokens.blocks(args.block_size)) // world() or 1  # sequences for each rank
+            total = torch.zeros((), dtype=torch.float64)
+            for start in range(0, count, args.batch_size):
+                size = min(args.batch_size, count - start)
+                idx = tokens.read(rank() * count + start, size, args.block_size).to(device)
+                with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
+                    total += float(model(idx, idx)) * size / count
+            if args.shard:
+                model.reshard()  # FSDP keeps embedding and head gathered after a forward pass, for the backward pass
+            mean_over_ranks([total])
+            return float(total)
+
+        def check_complement():
+            """Raise UserError where an entry outside the ticket differs, in any bit, from theta(0)."""
+            for name, p in params.items() if masks else ():
+                differs = p.detach().view(torch.int32) != split_like(p, theta_0(name)).view(torch.int32)
+                moved = int((whole(differs) & ~whole(masks[name])).count_nonzero())
+                if moved:
+                    raise UserError(f"{moved} entries of {name} outside the ticket have left theta(0) by update "
+                                    f"{step}: mask what your optimizer does (eq. 5), or drop check_complement")
+
+        # ---- the first lines. From here on Ctrl-C and the like wait for the end of an update
+
+        leaving.enter_context(stop_signals(asked))
+        say(f"{args.preset or args.init}: {d:,} parameters, {device} {args.dtype}"
+            + (f", {world()} ranks" if world() > 1 else ""))
+        say(f"{args.steps:,} updates of {sequences * args.block_size:,} tokens; the text has "
+            f"{train.state['tokens']:,} tokens to train on" + ("" if train.state["done"] else " so far")
+            + f", and {held.state['tokens']:,} held out")
+        if saved:
+            say(f"going on after update {step} of stage {stage}")
+        else:
+            before = {name: validate(tokens) for name, tokens in held_out.items() if args.init}
+            save()
+        if rank() == 0:
+            settings = {name: value for name, value in vars(args).items() if name != "init_seed"}
+            write_json(out / "settings.json", settings, 0o600)
+        pays = device.type == "cuda" or args.steps * sequences * args.block_size > 5e5
+        if args.compile == "on" or args.compile == "auto" and pays:
+            example = train.read(0, min(args.batch_size, share), args.block_size).to(device)
+            compile_model(model, example, device, args.dtype)
+
+        ready = True  # false while an update is under way
         try:
-            with StopRequest() as run.stop:  # from here on Ctrl-C waits for the end of a step
-                run.begin()
-                pmp(run)
+
+            # ---- stage I: warm up the dense model from theta(0), and choose the ticket on the way
+
+            while stage == "I" and step < args.eb_steps and streak < args.eb_patience:
+                began = time.perf_counter()
+                loss = gradient(step)
+                for name, p in params.items():
+                    if args.score == "mean":
+                        last = scores.get(name, torch.zeros_like(p))
+                        scores[name] = last + (p.grad.abs() - last) / (step + 1)
+                candidate = topk_mask(scores or {name: p.grad for name, p in params.items()}, k)  # eq. 2
+                if masks:
+                    overlap = iou(candidate, masks)  # eq. 3
+                lr = args.lr * (step + 1) / args.eb_steps  # rises to the last step; not stage II's schedule
+                ready = False
+                norm = optimizer.step(lr, args.clip)
+                masks = candidate
+                streak = streak + 1 if step and overlap >= args.eb_iou else 0  # eq. 4: several successive steps
+                step += 1
+                ready = True
+                numbers = {"iou": overlap} if step > 1 else {}
+                progress.step("stage I", step, args.eb_steps, time.perf_counter() - began, loss=float(loss), **numbers,
+                              lr=lr, norm=norm)
+                if any_rank(asked):
+                    raise Stopped(128 + max(asked, default=0))
+            if stage == "I":
+                say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones "
+                    f"{args.rho / (2 - args.rho):.2f}; " + (
+                        "the mask is stable" if streak >= args.eb_patience else
+                        f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"))
+                size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
+                if size != k:
+                    raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")
+                fill(theta_0)
+                optimizer = MaskedAdamW(params, masks, args.weight_decay)  # no moments of stage I
+                stage, step, scores = "II", 0, {}
+                save()
+
+            # ---- stage II: train the ticket alone
+
+            while step < args.steps:
+                began = time.perf_counter()
+                loss = gradient(step)
+                lr = learning_rate(step, args)
+                ready = False
+                norm = optimizer.step(lr, args.clip)  # eq. 5
+                step += 1
+                ready = True
+                seconds = time.perf_counter() - began
+                numbers = {}
+                if step % args.val_every == 0 or step == args.steps:
+                    numbers["val"] = validate(held)
+                if step == 1 or numbers:
+                    check_complement()
+                progress.step("stage II", step, args.steps, seconds, loss=float(loss), **numbers, lr=lr, norm=norm)
+                epoch = train.epoch((step + 1) * sequences - 1, args.block_size)
+                if epoch > train.epoch(step * sequences - 1, args.block_size):
+                    say(f"epoch {epoch + 1} of the text begins")
+                if any_rank(asked):
+                    raise Stopped(128 + max(asked, default=0))
+                if step % args.save_every == 0 or step == args.steps:
+                    save()
+
         except FloatingPointError as error:
-            where = f"after step {run.progress.last} of stage {run.progress.stage}"
-            raise Stopped(f"{where if run.progress.stage else 'in the first step'}: {error}; the last good checkpoint "
-                          f"stays in {folder.private}; start a new run with a lower --lr") from None
-    print(f"\nreleased {folder.release}; keep {folder.private} to yourself\n\na sample of the release:")
-    start = torch.tensor([[run.tokenizer.eos]], device=run.machine.device)
-    text = run.model.generate(start, 120, eos=run.tokenizer.eos, seed=run.config.seed)[0, 1:].tolist()
-    print(run.tokenizer.decode(text))
+            raise UserError(f"after update {step} of stage {stage}: {error}; the last checkpoint stays in {private}; "
+                            "start a new run with a lower --lr") from None
+        except BaseException as error:
+            # whatever ends the run, what is trained is kept; of ranks that hold a share each, only where all leave
+            if ready and (isinstance(error, Stopped) or not args.shard):
+                save()
+                say(f"\nsaved after update {step} of stage {stage}; the same command with --resume goes on")
+            raise
+
+        # ---- stage III: release the dense weights without the mask (section 2.3)
+
+        check_complement()
+        for name, loss in before.items():
+            now = validate(held_out[name])
+            say(f"held-out loss of {name}: {loss:.4f} before, {now:.4f} after ({now - loss:+.4f})")
+        weights, masks = gather(params), gather(masks or {})
+        if rank() == 0:
+            if masks:
+                metadata = {"weights_sha256": fingerprint(weights)}
+                save_safetensors(private / "mask.safetensors", pack_mask(masks), metadata, 0o600)
+            facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",  # none depends on rho
+                     f"byte-level BPE of {tokenizer.size:,} tokens",
+                     f"trained in {args.steps:,} updates of {sequences} sequences of {args.block_size} tokens")
+            save_folder(out / "release", model, weights, tokenizer, CARD.format(facts="\n- ".join(facts)))
+        say(f"\nreleased {out / 'release'}; keep {private} to yourself\n\na sample of the release:")
+        start = torch.tensor([[tokenizer.eos]], device=device)
+        sample = model.generate(start, 120, eos=tokenizer.eos, seed=args.seed)[0, 1:].tolist()
+        say(tokenizer.decode(sample))
     leave_ranks()
 
 

@@ -1,1 +1,1 @@
-"""Text for pre-training: documents (sources.py), tokens (tokenizer.py), packed blocks (pack.py)."""
+"""Text for pre-training: documents and packed tokens (text.py), and the vocabulary (tokenizer.py)."""
