@@ -184,7 +184,11 @@ def own_task(file, text, label):
     header = lines[0].rstrip("\r").split("\t")
     if label not in header:
         raise UserError(f"{file} names no column {label!r} in its first line: it has {', '.join(header):.200}")
-    values = {cells[header.index(label)] for line in lines[1:] if len(cells := line.rstrip("\r").split("\t")) > 1}
+    values = set()
+    for line in lines[1:]:
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) == len(header):
+            values.add(cells[header.index(label)])
     if not 2 <= len(values) <= 100:
         raise UserError(f"the column {label!r} of {file} has {len(values)} different values: labels are 2 to 100 words")
     task = Task(Path(file).stem, tuple(text), label, tuple(sorted(values)))
@@ -439,9 +443,10 @@ def predict(model, rows, batch_size, device, dtype):
         chosen = order[start:start + batch_size]
         with autocast(device, dtype):
             outputs = model(*pad([rows[i][0] for i in chosen], device)).float()
-        values = outputs[:, 0]
+        broken = ~outputs.isfinite().all(1)
+        values = outputs[:, 0].masked_fill(broken, math.nan)
         if outputs.size(1) > 1:
-            values = outputs.argmax(1).masked_fill(~outputs.isfinite().all(1), -1)
+            values = outputs.argmax(1).masked_fill(broken, -1)
         predictions[chosen] = values.cpu().numpy()
     return predictions
 
@@ -661,7 +666,7 @@ def parse(argv):
 
 
 def read_results(file):
-    """The results in a file, a list of dicts. A last line that a killed process left half written is none.
+    """The results in a file, a list of dicts. A line that a killed process left half written is none.
 
     Raises UserError where it cannot be written to, or where a line is no result.
     """
@@ -675,7 +680,7 @@ def read_results(file):
             table([result], "")
             found.append(result)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            if i < len(lines):
+            if line and not line.startswith(b'{"task"'):
                 raise UserError(f"{file}, line {i} is no result of glue.py: name another file with --results") from None
     return found
 

@@ -1,39 +1,1159 @@
-"""What pmp.py promises, each test named after the property that it proves. Needs no network and no data but its own."""
+"""What PMP promises, each test named after the property that it proves. Needs no network and no data but its own.
 
+The sections follow the code, from the text to GLUE and then a run of pmp.py; `grep "^# ----" test_pmp.py` lists them.
+"""
+
+import copy
+import dataclasses
+import gzip
+import hashlib
+import importlib
 import io
 import json
+import lzma
 import math
 import multiprocessing
 import os
 import pkgutil
 import random
+import re
 import resource
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
+import time
+import zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl, urlparse
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing from a second thread; read when torch starts
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+import glue
+import model as model_module
 import pmp
-from common import Stopped, UserError, command_line, fingerprint, load_safetensors, lock, stop_signals, whole
+from common import (Stopped, UserError, command_line, fingerprint, load_safetensors, lock, save_safetensors,
+                    stop_signals, whole)
 from data import text as text_module, tokenizer as tokenizer_module
-from model import LlamaConfig, build, initial_value, initialise, load_folder
+from data.text import choose_held_out, documents, file_documents, prepare
+from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer
+from model import GPT2Config, LlamaConfig, build, initial_value, initialise, load_folder, save_folder
+from pmp import PRESETS, pack_mask
+
+# ---- what several sections use -------------------------------------------------------------------------------------
+
+
+def peer(name):
+    """A package that the project is compared with; without it the test is skipped, or fails where PEERS=required."""
+    if os.environ.get("PEERS") == "required":
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+def fails(words, call, *args, **kwargs):
+    """Check that a call ends with a UserError of one line that has `words` in it; returns the line."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    return message
+
+
+def make_texts(n, seed=0):
+    """Made-up documents, no two the same."""
+    rng = random.Random(seed)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "größe", "中文", "😀", "\n"]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(1, 60))) for i in range(n)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+BPE = Tokenizer.train(make_texts(200), size=400)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends what server.answer(path) gives: status, headers, and a body, which never ends where it is None."""
+
+    def do_GET(self):
+        status, headers, body = self.server.answer(self.path)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body or b"")
+            while body is None:
+                self.wfile.write(bytes(2**16))
+        except OSError:
+            pass  # the reader has had enough
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine, at server.url. Who uses it gives it an answer()."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# ---- text: documents -----------------------------------------------------------------------------------------------
+
+
+def test_documents_come_in_the_order_of_the_file_names_from_every_kind_of_file(tmp_path):
+    (tmp_path / "c.txt").write_text("four\n")
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "one"}\n\n{"text": " "}\n{"text": "two", "id": 5}')
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"five"))
+    (tmp_path / "b.more.jsonl.xz").write_bytes(lzma.compress(b'{"text": "three"}\n'))
+    (tmp_path / ".hidden").write_text("not a text")
+    assert list(file_documents(tmp_path)) == ["one", "two", "three", "four\n", "five"]
+
+
+@pytest.mark.parametrize("letter", ["x", "中"])
+def test_a_txt_is_cut_into_documents_of_limited_length_and_no_character_of_it_is_lost(letter, tmp_path):
+    text = "".join(f"line {i} é\r\n" + "\n" * (i % 40 == 0) for i in range(3000))
+    text += "a" + "😀" * 3000 + "\n"  # the cut after 8,000 bytes is inside a character
+    text += letter * 100_000 + "\nend "
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte-order mark is no text
+    found = list(file_documents(tmp_path / "a.txt"))
+    assert "".join(found) == text
+    assert max(map(len, found)) < 2 * 8000
+    stories = [f"Story {i}, no {EOS}.\n\n" + "It goes on.\n" * (i * 20) for i in range(400)]  # up to 96,000 characters
+    (tmp_path / "a.txt").write_text(f"{EOS}\n".join(stories))
+    assert list(file_documents(tmp_path / "a.txt")) == stories  # whose ends are marked
+
+
+def test_copies_of_a_document_are_on_one_side_and_two_percent_are_held_out(tmp_path):
+    texts = make_texts(3000)
+    path = write_jsonl(tmp_path / "a.jsonl", texts * 2)
+    rule = choose_held_out(path)
+    train = list(documents(path, "train", 0, rule))
+    held = list(documents(path, "held-out", 0, rule))
+    assert sorted(row for row, _ in train + held) == list(range(6000))
+    assert not {text for _, text in train} & {text for _, text in held}
+    assert 0.015 < sum(len(text) for _, text in held) / sum(map(len, texts * 2)) < 0.025
+    assert list(documents(path, "train", 77, rule)) == [entry for entry in train if entry[0] >= 77]
+    random.Random(0).shuffle(texts)
+    assert choose_held_out(write_jsonl(path, texts * 2)) == rule  # the order does not matter
+
+
+def test_never_more_than_a_fifth_is_held_out_however_long_or_frequent_a_document_is(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for seed in range(10):
+        texts = make_texts(40, seed)
+        book = f"{seed}" * (33 * sum(map(len, texts)))  # 97% of the text
+        for every in ([book, *texts], texts * 60):
+            held = documents(path, "held-out", 0, choose_held_out(write_jsonl(path, every)))
+            assert 0 < sum(len(text) for _, text in held) < 0.2 * sum(map(len, every))
+    fails("give it as more and shorter documents", choose_held_out, write_jsonl(path, ["one document", "and another"]))
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("missing.jsonl", None, "there is no text"),
+    ("folder", "folder", "is empty"),
+    ("a.csv", b"text\nhello\n", "csv.DictReader"),
+    ("a.parquet", b"PAR1", "neither a .txt nor a .jsonl"),
+    ("a.txt", "English".encode("utf-16"), "not UTF-8"),
+    ("a.txt", "English".encode("utf-16-le"), "not UTF-8"),  # without a mark it is valid UTF-8, full of NULs
+    ("a.jsonl", b'{"text": "bad\xff"}\n', "not UTF-8"),
+    ("a.jsonl", GOOD + b"bad\n", "line 2 is not JSON"),
+    ("a.jsonl", GOOD + b'{"text": null}\n', 'line 2 has no string "text"'),
+    ("a.jsonl", b'{"text": ""}\n', "holds no text"),
+    ("a.txt.xz", lzma.compress(GOOD * 999)[:-20], "damaged"),
+    ("a.jsonl", GOOD + b'{"text": "' + b"x" * 10**6 + b'"}\n', "line 2 is longer than 1,000,000 bytes"),
+])
+def test_a_bad_text_is_named_in_one_sentence(name, content, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "LONGEST_LINE", 10**6)
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = fails(expected, prepare, str(tmp_path / name), "bpe", 1000, cache=tmp_path / "cache")
+    assert name in message
+
+
+# ---- text: packed tokens -------------------------------------------------------------------------------------------
+
+
+def all_tokens(train):
+    """Every training token, once the text has ended."""
+    while not train.state["done"]:
+        train.want(10**9)
+        time.sleep(0.002)
+    return np.fromfile(train.bin, np.uint16, train.state["tokens"]).tolist()
+
+
+def test_packing_loses_and_repeats_no_token_ends_documents_by_eos_and_shuffles_inside_the_window_alone(tmp_path):
+    texts = make_texts(500)
+    path = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    orders = []
+    for seed, cache in ((1, "a"), (1, "b"), (2, "a")):
+        _, train, held = prepare(path, BPE, 0, seed, tmp_path / cache, shuffle_buffer=100)
+        orders.append(BPE.decode(all_tokens(train)).split(EOS))
+        assert orders[-1].pop() == ""
+    held_out = BPE.decode(np.fromfile(held.bin, np.uint16).tolist()).split(EOS)
+    assert sorted(orders[0] + held_out) == sorted(texts + [""])
+    assert orders[0] == orders[1] != orders[2]
+    in_order = [text for text in texts if text not in held_out]
+    for start in range(0, len(in_order), 100):
+        assert sorted(orders[0][start:start + 100]) == sorted(in_order[start:start + 100])
+        assert orders[0][start:start + 100] != in_order[start:start + 100]
+
+
+def test_later_epochs_read_every_block_once_in_another_order(tmp_path):
+    _, train, _ = prepare(str(write_jsonl(tmp_path / "a.jsonl", make_texts(300))), BPE, 0, cache=tmp_path)
+    ids = all_tokens(train)
+    n = len(ids) // 16
+    epochs = [train.read(epoch * n, n, 16).tolist() for epoch in range(3)]
+    assert sum(epochs[0], []) == ids[:16 * n]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert train.read(n - 2, 5, 16).tolist() == epochs[0][-2:] + epochs[1][:3]  # over the end of an epoch
+    assert [train.epoch(n - 1, 16), train.epoch(n, 16)] == [0, 1]
+    fails("too few", train.read, 0, n + 1, 16)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_preparation_stopped_at_any_sync_or_rename_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    path = str(write_jsonl(tmp_path / "a.jsonl", make_texts(120)))
+    calls, stop = [], 0
+
+    def stopping(function):
+        def call(*args):
+            calls.append(function)
+            if len(calls) == stop:
+                raise Killed
+            return function(*args)
+        return call
+
+    def outcome(cache):
+        _, train, held = prepare(path, "bpe", 0, cache=cache, shuffle_buffer=50)
+        return all_tokens(train), held.bin.read_bytes()
+
+    monkeypatch.setattr(os, "fsync", stopping(os.fsync))
+    monkeypatch.setattr(os, "replace", stopping(os.replace))
+    expected = outcome(tmp_path / "whole")
+    total = len(calls)
+    assert total > 15
+    for number in range(1, total + 1):
+        calls, stop = [], number
+        with pytest.raises(Killed):
+            outcome(tmp_path / str(number))
+        for file in tmp_path.glob(f"{number}/*/train.bin"):
+            file.write_bytes(file.read_bytes() + b"torn")  # a killed process may have written half a window
+        stop = 0
+        assert outcome(tmp_path / str(number)) == expected
+
+
+PROCESS = """
+import hashlib, sys
+from data.text import prepare
+_, train, _ = prepare(sys.argv[1], "bpe", 0, cache=sys.argv[2], shuffle_buffer=300)
+print(hashlib.sha256(train.read(0, int(sys.argv[3]), 16).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_two_processes_share_a_cache_and_get_the_same_tokens(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", make_texts(4000)))
+    _, train, _ = prepare(path, "bpe", 0, cache=tmp_path / "alone", shuffle_buffer=300)
+    n = len(all_tokens(train)) // 16
+    expected = hashlib.sha256(train.read(0, n, 16).numpy().tobytes()).hexdigest()
+    command = [sys.executable, "-c", PROCESS, path, str(tmp_path / "shared"), str(n)]
+    house = Path(text_module.__file__).parents[1]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=house) for _ in range(2)]
+    for process in processes:
+        assert process.communicate(timeout=60)[0].split()[-1] == expected
+    assert next(tmp_path.glob("shared/*/train.bin")).read_bytes() == train.bin.read_bytes()
+
+
+def test_an_error_deep_in_the_text_reaches_the_reader_when_it_needs_that_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "TRAINING_CHARACTERS", 10_000)  # so that the held-out text ends before the row
+    monkeypatch.setattr(text_module, "HELD_OUT_TOKENS", 10)
+    path = write_jsonl(tmp_path / "a.jsonl", [*make_texts(1000), None])
+    _, train, _ = prepare(str(path), BPE, 0, cache=tmp_path / "cache", shuffle_buffer=50)
+    assert train.read(0, 4, 16).shape == (4, 16)
+    message = fails("line 1001", all_tokens, train)
+    assert str(path) in message
+    assert train.read(4, 4, 16).shape == (4, 16)
+
+
+def test_a_damaged_cache_is_named_a_link_in_it_is_not_followed_and_a_changed_text_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    _, train, held = prepare(str(path), BPE, 0, cache=tmp_path)
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    train.bin.symlink_to(outside)
+    with pytest.raises(OSError, match="train.bin"):
+        all_tokens(train)
+    assert outside.read_text() == "mine"
+    train.bin.unlink()
+    moved = path.rename(tmp_path / "b.jsonl")  # the same text, whatever its name is
+    _, train, held = prepare(str(moved), BPE, 0, cache=tmp_path, expected=train.identity)
+    assert len(all_tokens(train)) > 1000
+    for file in (train.bin, held.bin):
+        whole = file.read_bytes()
+        for damaged in (whole[:-2], bytes([whole[0] ^ 1]) + whole[1:]):
+            file.write_bytes(damaged)
+            fails(f"{file.name} is damaged", prepare, str(moved), BPE, 0, cache=tmp_path)
+        file.write_bytes(whole)
+    write_jsonl(moved, make_texts(61))
+    fails("not the one that the run began with", prepare, str(moved), BPE, 0, cache=tmp_path, expected=train.identity)
+
+
+# ---- text: SlimPajama over HTTP ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pajama(server, monkeypatch):
+    """SlimPajama's server with made-up rows. faults: what goes wrong at the next requests; asked: (row, length)s."""
+    server.texts, server.faults, server.asked, server.slept = make_texts(1030), [], [], []
+
+    def answer(path):
+        query = dict(parse_qsl(urlparse(path).query))
+        first, length, total = int(query["offset"]), int(query["length"]), len(server.texts)
+        server.asked.append((first, length))
+        fault = server.faults.pop(0) if server.faults else ""
+        rows = []
+        for i in range(first, min(first + length, total)):
+            rows.append({"row_idx": i, "row": {"text": server.texts[i]}, "truncated_cells": []})
+        if fault == "short":
+            rows.pop()
+        elif fault == "truncated":
+            rows[-1]["truncated_cells"] = ["text"]
+        body = json.dumps({"rows": rows, "num_rows_total": 1 if fault == "shrunk" else total}).encode()
+        faults = {"500": (500, {}, b""), "404": (404, {}, b""), "429": (429, {"Retry-After": "99999999"}, b""),
+                  "too big": (500, {"X-Error-Code": "TooBigContentError"}, b""), "garbage": (200, {}, b"<html>"),
+                  "cut": (200, {"Content-Length": len(body)}, body[:99]), "endless": (200, {}, None)}
+        return faults.get(fault, (200, {}, body))
+
+    server.answer = answer
+    monkeypatch.setattr(text_module, "ROWS_URL", server.url + "rows")
+    monkeypatch.setattr(text_module, "PACE", 0)
+    monkeypatch.setattr(text_module.time, "sleep", server.slept.append)
+    get = text_module.get
+    monkeypatch.setattr(text_module, "get", lambda url, most, **query: get(url, 10**6, **query))
+    return server
+
+
+def test_slimpajama_gives_each_row_once_whatever_the_server_does(pajama):
+    pajama.faults = ["500", "429", "cut", "garbage", "", "short", "shrunk", "truncated", "", "endless", "too big",
+                     "too big"]
+    assert list(documents("slimpajama", "train")) == list(enumerate(pajama.texts))
+    assert not pajama.faults
+    assert max(pajama.slept) == 60  # a server that asks for three years gets a minute
+    assert [length for row, length in pajama.asked if row == 200] == [100, 100, 50, 25]  # too big: less is asked for
+    assert pajama.asked[-1] == (1025, 100)
+    assert list(documents("slimpajama", "held-out", 990)) == list(enumerate(pajama.texts))[990:]
+
+
+def test_slimpajama_ends_at_once_where_it_is_refused_and_else_after_long_failure(pajama, monkeypatch):
+    pajama.faults = ["", "404"]
+    fails("refused row 100 of train", list, documents("slimpajama", "train"))
+    assert len(pajama.asked) == 2
+    monkeypatch.setattr(text_module, "GIVE_UP", 0)
+    pajama.faults = ["", "500"]
+    fails("at row 100 of train", list, documents("slimpajama", "train"))
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------------------------
+
+NASTY = ["", " ", "a" * 5000, " " * 200_000, "naïve  café\r\n\t'll 'LL", "\x00\x1c\x85\ufffd\ufeff\u2028\u0301",
+         "中文字，和數字 12 個。٣ ²Ⅷ ½", "👩‍👩‍👧 😀😀", "___!!! x1y22z333 \n\n\n  end ",
+         "".join(map(chr, range(0xD7FF)))]
+
+
+def test_every_text_comes_back_and_none_of_it_becomes_an_end_of_text():
+    for text in [*NASTY, *make_texts(50, seed=9), f"{EOS} is text {EOS}"]:
+        ids = BPE.encode(text)
+        assert BPE.decode(ids) == text
+        assert BPE.eos not in ids
+    assert BPE.encode_many(NASTY) == [BPE.encode(text) for text in NASTY]
+    assert BPE.decode(BPE.encode("a\ud800b")) == "a\ufffdb"  # half a character, which JSON can hold
+
+
+def test_training_equals_a_slow_one_that_counts_all_pairs_anew():
+    texts = make_texts(60)
+    words = Counter()
+    for text in texts:
+        for word in TRAINING_WORDS.findall(text):
+            words[tuple(bytes([byte]) for byte in word.encode())] += 1
+    tokens = [bytes([byte]) for byte in LETTER]
+    while True:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        new = [pair for pair in pairs if pair[0] + pair[1] not in tokens and pairs[pair] > 1]
+        if not new:
+            break
+        left, right = min(new, key=lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1])))
+        tokens.append(left + right)
+        merged = Counter()
+        for word, count in words.items():
+            merged[tuple(tokenizer_module.merge(list(word), (left, right), left + right))] += count
+        words = merged
+    trained = Tokenizer.train(texts)
+    assert sorted(trained.ids, key=trained.ids.get) == tokens
+    assert len(Tokenizer.train(texts, size=300).ids) == 299
+
+
+def test_training_on_noise_ends(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "TRAINING_WORK", 2**20)  # a sixteenth of the time
+    rng = random.Random(0)
+    noise = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(1_000_000))  # one word
+    begun = time.process_time()
+    trained = Tokenizer.train([noise])
+    assert time.process_time() - begun < 5
+    assert trained.size > 1000
+
+
+def test_a_saved_tokenizer_loads_again_and_is_saved_with_the_same_bytes(tmp_path):
+    (tmp_path / "again").mkdir()
+    BPE.save(tmp_path, 64)
+    loaded = Tokenizer.load(tmp_path)
+    loaded.save(tmp_path / "again", 64)
+    assert loaded.fingerprint == BPE.fingerprint != Tokenizer.train(make_texts(201), size=400).fingerprint
+    assert loaded.encode_many(NASTY) == BPE.encode_many(NASTY)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parity
+def test_transformers_reads_our_tokenizer_to_the_same_ids_and_pads_a_batch(tmp_path):
+    BPE.save(tmp_path, 64)
+    theirs = peer("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert [theirs.eos_token_id, len(theirs)] == [BPE.eos, BPE.size]
+    for text in [*NASTY, *make_texts(200, seed=3)]:
+        assert theirs(text)["input_ids"] == BPE.encode(text)
+        assert theirs.decode(BPE.encode(text)) == text
+    short, long = BPE.encode("a"), BPE.encode("the quick fox")
+    gap = len(long) - len(short)
+    batch = theirs(["a", "the quick fox"], padding=True)
+    assert batch["input_ids"] == [short + [BPE.eos] * gap, long]
+    assert batch["attention_mask"] == [[1] * len(short) + [0] * gap, [1] * len(long)]
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+@pytest.mark.parametrize("expected, change", [
+    ("the added tokens <mask>", lambda file, config: file["added_tokens"].insert(0, {"id": 5, "content": "<mask>"})),
+    ("add_prefix_space", lambda file, config: file.update(pre_tokenizer={**BYTES, "add_prefix_space": True})),
+    ("add_prefix_space", lambda file, config: config.update(add_prefix_space=True)),
+    ("TemplateProcessing", lambda file, config: file.update(post_processor={"type": "TemplateProcessing"})),  # a BOS
+    ("a normalizer", lambda file, config: file.update(normalizer={"type": "NFC"})),
+    ("merges", lambda file, config: file["model"]["merges"].reverse()),
+    ("its ids", lambda file, config: file["model"]["vocab"].update({"a": 10**6})),
+    ("a Unigram model", lambda file, config: file["model"].update(type="Unigram")),
+    ("pre-tokenizer Metaspace", lambda file, config: file.update(pre_tokenizer={"type": "Metaspace"})),
+    ("not a whole tokenizer.json", lambda file, config: file["model"]["vocab"].pop(EOS)),
+])
+def test_a_tokenizer_whose_ids_would_be_others_here_is_refused_by_name(expected, change, tmp_path):
+    BPE.save(tmp_path, 64)
+    names = (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
+    file, config = [json.loads(name.read_text()) for name in names]
+    change(file, config)
+    names[0].write_text(json.dumps(file))
+    names[1].write_text(json.dumps(config))
+    fails(expected, Tokenizer.load, tmp_path)
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+GPT2_SIZES = {"vocab_size": BPE.size, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA_SIZES = {"vocab_size": BPE.size, "max_position_embeddings": 48, "hidden_size": 32, "intermediate_size": 48,
+               "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPES = {
+    "gpt2": GPT2Config(**GPT2_SIZES),
+    "gpt2-untied": GPT2Config(**GPT2_SIZES, n_inner=40, tie_word_embeddings=False),
+    "llama": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=2, rope_theta=5000.0, rms_norm_eps=1e-4),
+    "llama-tied": LlamaConfig(**LLAMA_SIZES, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True),
+}
+BOTH = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+IDX = torch.randint(BPE.size, (3, 24), generator=torch.Generator().manual_seed(2))
+
+
+def small_model(kind):
+    """A model whose every weight matters to its logits: norm gains and biases are away from 1 and 0."""
+    model = build(SHAPES[kind])
+    initialise(model, b"test")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def small_folder(folder, kind):
+    """Write a release of small_model; gives the model."""
+    model = small_model(kind)
+    save_folder(folder, model, dict(model.named_parameters()), BPE, "a card")
+    return model
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", SHAPES)
+def test_folders_of_ours_and_of_transformers_give_the_same_logits_on_both_sides(kind, tmp_path):
+    model = small_folder(tmp_path / "ours", kind)
+    theirs = peer("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    logits = model(IDX)
+    assert logits.std() > 0.1
+    assert (theirs(IDX).logits - logits).abs().max() < 4e-6
+    assert abs(theirs(IDX, labels=IDX).loss - model(IDX, IDX)) < 4e-6
+    saved = {"whole": theirs}
+    if model.config.tie_word_embeddings:
+        saved["body"] = theirs.base_model  # a bare GPT2Model or LlamaModel
+    for name, part in saved.items():
+        part.save_pretrained(tmp_path / name)
+        BPE.save(tmp_path / name, 48)
+        opened, tokenizer = load_folder(tmp_path / name)
+        assert torch.equal(opened(IDX), logits)
+        assert tokenizer.fingerprint == BPE.fingerprint
+
+
+def test_attention_as_written_is_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 300, 8, generator=generator)  # three blocks of queries
+    k = torch.randn(2, 2, 300, 8, generator=generator)  # each key serves three heads
+    v = torch.randn(2, 2, 300, 8, generator=generator)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert (model_module.written_attention(q, k, v) - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("preset, expected", [
+    ("mini", "cafdf9ac6f887eb9fff005af0115422d4431a3808dfc7b08adf300d50b27d262"),
+    ("tiny", "c4a2221494c61c1670680cf8bcab72292fe502509fab55eeea6ecf2ce3926845"),
+    ("mini-gpt2", "aae0de61771023abad77bdf9b5d6bbe2edbd87522ceeea0fe905ca1779137073"),
+])
+def test_the_initial_weights_depend_on_the_secret_alone_have_their_deviation_and_no_negative_zero(
+        preset, expected, monkeypatch):
+    torch.manual_seed(random.randrange(2**32))  # which must not matter
+    model = build(PRESETS[preset][0])
+    initialise(model, b"init-seed 5")
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(p.detach().numpy().tobytes())
+        if p.ndim == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+            continue
+        std = 0.02
+        if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * len(model.blocks()))
+        assert p.std().item() == pytest.approx(std, rel=0.02)
+    assert digest.hexdigest() == expected
+    # an optimizer's step of 0 would change the bits of a -0.0
+    odd = SimpleNamespace(standard_normal=lambda shape: np.array([-0.0, -1e-60, 1.0]))
+    monkeypatch.setattr(model_module, "secret_generator", lambda secret, name: odd)
+    bits = model_module.initial_value(model, "lm_head.weight", (3,), b"x").view(torch.int32).tolist()
+    assert bits[:2] == [0, 0] != bits[2:]
+
+
+def test_sampling_is_seeded_leaves_torchs_own_generator_alone_and_says_when_the_weights_are_broken():
+    model, start, before = small_model("llama"), IDX[:1, :4], torch.get_rng_state()
+    first = model.generate(start, 60, seed=1)  # past the model's 48 positions
+    assert first.shape == (1, 64)
+    assert torch.equal(first, model.generate(start, 60, seed=1))
+    assert not torch.equal(first, model.generate(start, 60, seed=2))
+    assert torch.equal(torch.get_rng_state(), before)
+    likeliest = model(start)[0, -1].argmax()
+    assert model.generate(start, 60, top_k=1, eos=likeliest.item())[0, 4:].tolist() == [likeliest]
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    fails("not finite", model.generate, start, 1)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("kind, config, tensors, expected", [  # changes of config.json and tensors; None removes
+    ("llama", {"model_type": "mistral"}, {}, "model_type mistral"),
+    ("llama", {"rope_scaling": {"factor": 2}, "rope_parameters": {"rope_type": "default"}}, {}, "both rope_scaling"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, {}, "rope_parameters"),
+    ("llama", {"quantization_config": {"bits": 4}}, {}, "quantization_config"),
+    ("llama", {"hidden_act": "gelu"}, {}, "hidden_act"),
+    ("gpt2", {"n_layer": 10**9}, {}, "n_layer"),
+    ("gpt2", {}, {"lm_head.weight": torch.ones(BPE.size, 32)}, "ties its head"),
+    ("llama", {}, {NORM: None}, f"lacks the tensor {NORM}"),
+    ("llama", {}, {"more": torch.ones(2)}, "holds the tensor more"),
+    ("llama", {}, {NORM: torch.ones(31)}, f"{NORM} is [31]"),
+    ("llama", {}, {"norm.weight": torch.ones(32)}, f"{NORM} twice"),
+    ("llama", {"vocab_size": 9}, {"model.embed_tokens.weight": torch.ones(9, 32), "lm_head.weight": torch.ones(9, 32)},
+     "do not belong together"),  # the tokenizer and the model
+])
+def test_a_folder_that_our_layers_do_not_fit_is_refused_by_name(kind, config, tensors, expected, tmp_path):
+    found = {**dict(small_folder(tmp_path, kind).named_parameters()), **tensors}
+    save_safetensors(tmp_path / "model.safetensors", {k: v for k, v in found.items() if v is not None}, {})
+    found = {**json.loads((tmp_path / "config.json").read_text()), **config}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    fails(expected, load_folder, tmp_path)
+
+
+def test_a_name_a_folder_without_config_and_one_with_an_index_beside_the_weights_are_refused(tmp_path):
+    fails("names are not fetched", load_folder, "gpt2-xl")
+    fails("no config.json", load_folder, tmp_path)
+    small_folder(tmp_path, "llama")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    fails("model.safetensors.index.json", load_folder, tmp_path)
+
+
+# ---- safetensors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+def test_safetensors_agrees_with_the_real_package_both_ways(tmp_path):
+    real = peer("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.arange(5, dtype=torch.uint8),
+               "d": torch.tensor([True, False]), "e": torch.tensor(3.0), "f": torch.randn(2, 3).half(),
+               "g": torch.zeros(0, 4), "h": torch.randn(4, 3).t()}
+    save_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    real.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
+    read = [real.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs")[0]]
+    for found in (*read, load_safetensors(tmp_path / "ours")[0]):
+        assert found.keys() == tensors.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == tensors[name].dtype
+            assert torch.equal(tensor, tensors[name])
+
+
+def test_a_flipped_bit_and_a_cut_file_are_found_and_float16_opens(tmp_path):
+    file, tensors = tmp_path / "x", {"a": torch.randn(50).half(), "b": torch.zeros(3)}
+    save_safetensors(file, tensors, {"kind": "test"})
+    whole, refused = file.read_bytes(), 0
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        try:
+            assert fingerprint(load_safetensors(file)[0]) == fingerprint(tensors)  # a bit of a blank or the metadata
+        except UserError:
+            refused += 1
+    assert refused > 112  # bytes of tensors
+    for size in range(0, len(whole), 7):
+        file.write_bytes(whole[:size])
+        fails("no safetensors file", load_safetensors, file)
+    halves = {name: p.half() for name, p in small_folder(tmp_path / "release", "llama").named_parameters()}
+    save_safetensors(tmp_path / "release" / "model.safetensors", halves, {})
+    for name, p in load_folder(tmp_path / "release")[0].named_parameters():
+        assert torch.equal(p, halves[name].float())
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@pytest.mark.parametrize("header", [
+    "", "5", "null", "[]", "{", '{"a": 1}', "[" * 100_000, {"a": {}}, {"a": {**ENTRY, "dtype": "F8"}},
+    {"a": {**ENTRY, "dtype": ["F32"]}}, {"a": {**ENTRY, "shape": [-2, -3]}}, {"a": {**ENTRY, "shape": [2.0, 3]}},
+    {"a": {**ENTRY, "shape": [7]}}, {"a": {**ENTRY, "shape": [2**62, 2**62]}}, {"a": {**ENTRY, "shape": None}},
+    {"a": {**ENTRY, "data_offsets": [1, 25]}}, {"a": {**ENTRY, "data_offsets": [0, 48]}},
+    {"a": {**ENTRY, "data_offsets": [0]}}, {"a": ENTRY, "b": ENTRY}, {"__metadata__": 5, "a": ENTRY}, {},
+])
+def test_a_garbage_header_is_refused(header, tmp_path):
+    text = header if isinstance(header, str) else json.dumps(header)
+    for length in (len(text), 0, 2**20, 2**63, 2**64 - 1):
+        (tmp_path / "x").write_bytes(struct.pack("<Q", length) + text.encode() + bytes(24))
+        fails("no safetensors file", load_safetensors, tmp_path / "x")
+
+
+# ---- glue: metrics -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_worked_by_hand_and_degenerate_predictions_are_wrong():
+    predicted, true = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0])  # 2 right and 1 wrong of each class
+    assert glue.accuracy(predicted, true) == pytest.approx(4 / 6)
+    assert glue.f1(predicted, true) == pytest.approx(2 * 2 / (3 + 3))
+    assert glue.mcc(predicted, true) == pytest.approx((2 * 2 - 1 * 1) / 9)
+    assert glue.pearson([1, 2, 3], [1, 2, 4]) == pytest.approx(3 / (2 * 14 / 3) ** 0.5)
+    assert glue.spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
+    cola, mrpc, stsb = glue.TASKS["cola"], glue.TASKS["mrpc"], glue.TASKS["stsb"]
+    scores = glue.score(stsb, [-3, 0.4, 7, 4.6, 2.6, 1.4], [0, 0, 5, 5, 2.4, 0.6])
+    assert scores["accuracy"] == pytest.approx(100 * 5 / 6)  # 0, 0, 5, 5, 3, 1 against 0, 0, 5, 5, 2, 1
+    assert glue.commonest_class([1.6, 2.2, 4.0, 0.0]) == 50
+    assert glue.score(cola, [1, 1, 1, 1], [0, 1, 1, 0]) == {"accuracy": 50, "mcc": 0}
+    assert glue.score(mrpc, [0, 0], [0, 0]) == {"accuracy": 100, "f1": 0}
+    assert glue.score(mrpc, [-1, -1], [0, 1]) == {"accuracy": 0, "f1": 0}
+    assert glue.score(stsb, [1e-200, 2e-200, 4e-200], [1, 2, 4])["pearson"] == pytest.approx(100)
+    assert glue.score(stsb, [3, 3], [3, 1]) == {"accuracy": 50, "pearson": 0, "spearman": 0}
+    for odd in (math.nan, math.inf):
+        assert glue.score(stsb, [odd, 4, 2], [1, 2, 4]) == {"accuracy": 0, "pearson": 0, "spearman": 0}
+    classifier = glue.Classifier(small_model("llama"), 2, 0)
+    with torch.no_grad():
+        classifier.head[1] = math.nan
+    rows = [([1, 2], 0), ([3], 1)]
+    assert glue.predict(classifier, rows, 2, torch.device("cpu"), "fp32").tolist() == [-1, -1]
+    classifier.head.data = torch.tensor([[math.inf] + [0.0] * 31])  # a regression
+    assert np.isnan(glue.predict(classifier, rows, 2, torch.device("cpu"), "fp32")).all()
+
+
+@pytest.mark.parity
+def test_metrics_agree_with_scikit_learn_and_scipy():
+    sklearn, scipy = peer("sklearn.metrics"), peer("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        true, predicted = rng.integers(0, 2, (2, 200))
+        assert glue.accuracy(predicted, true) == pytest.approx(sklearn.accuracy_score(true, predicted))
+        assert glue.f1(predicted, true) == pytest.approx(sklearn.f1_score(true, predicted))
+        assert glue.mcc(predicted, true) == pytest.approx(sklearn.matthews_corrcoef(true, predicted))
+        x, noise = rng.normal(size=(2, 200)).round(1)  # rounded, so that there are ties
+        assert glue.pearson(x, x + noise) == pytest.approx(scipy.pearsonr(x, x + noise)[0])
+        assert glue.spearman(x, x + noise) == pytest.approx(scipy.spearmanr(x, x + noise)[0])
+
+
+# ---- glue: files ---------------------------------------------------------------------------------------------------
+
+MRPC = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+STSB = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+MNLI = "index\tpromptID\tpairID\tgenre\t" + "parse\t" * 4 + "sentence1\tsentence2\tlabel1\t"
+RTE = "index\tsentence1\tsentence2\tlabel\n"
+
+
+@pytest.mark.parametrize("name, header, row, expected", [
+    ("cola", "", 'gj04\t0\t*\tThe cat were "here. ', ('The cat were "here. ', "", 0)),
+    ("sst2", "sentence\tlabel\n", "hide new secretions \t1", ("hide new secretions ", "", 1)),
+    ("mrpc", MRPC, '1\t7\t8\tHe said "a.\tB.', ('He said "a.', "B.", 1)),
+    ("qqp", QQP, "7\t1\t2\tWhy?\tHow?\t0", ("Why?", "How?", 0)),
+    ("stsb", STSB, "0\tm\tf\t2012\t1\tx\tx\tA plane.\tAn air plane.\t3.800", ("A plane.", "An air plane.", 3.8)),
+    ("mnli", MNLI + "gold_label\n", "0\t1\t1e\tx\t(\t(\t(\t(\tOne.\tTwo.\tneutral\tneutral", ("One.", "Two.", 1)),
+    ("mnli", MNLI + "label2\tlabel3\tlabel4\tlabel5\tgold_label\n",
+     "0\t1\t1e\tx\t(\t(\t(\t(\tOne.\tTwo." + "\tneutral" * 5 + "\tentailment", ("One.", "Two.", 0)),
+    ("qnli", "index\tquestion\tsentence\tlabel\n", '0\tWho?\t"He.\tnot_entailment', ("Who?", '"He.', 1)),
+    ("rte", RTE, "0\tOne\u2028line.\tShort.\tentailment", ("One\u2028line.", "Short.", 0)),
+])
+def test_every_official_layout_is_read_and_no_row_is_lost(name, header, row, expected, tmp_path, capsys):
+    file = tmp_path / "x.tsv"
+    for line_feed, end in (("\n", ""), ("\n", "\n"), ("\r\n", "\r\n")):  # CoLA's dev.tsv ends without one
+        file.write_bytes((header + line_feed.join([row] * 5) + end).encode())
+        assert glue.read_tsv(glue.TASKS[name], file) == [expected] * 5
+    if glue.TASKS[name].gaps:
+        gap = row.rpartition("\t")[0]
+        file.write_text(header + "\n".join([row, gap, row, gap + "\t", "", row]))
+        assert glue.read_tsv(glue.TASKS[name], file) == [expected] * 3
+        assert "skipped 3 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("rte", RTE, "has no rows"),
+    ("rte", "index\tsentence1\tlabel\n0\ta\tentailment\n", "names no column 'sentence2'"),
+    ("rte", RTE + "0\ta\tentailment\n", "line 2 has 3 columns, not 4"),
+    ("rte", RTE + "0\ta\tb\tentailment\tmore\n", "line 2 has 5 columns, not 4"),
+    ("rte", RTE + "0\ta\tb\tneutral\n", "line 2: unknown label 'neutral'"),
+    ("cola", "gj04\t1\t\tcaf\xe9\n", "not UTF-8"),
+    ("qqp", QQP + "7\t1\t2\tWhy?\tHow?\t0\tmore\n", "line 2 has 7 columns"),
+    ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: unknown label 'nan'"),
+])
+def test_a_bad_tsv_is_named_with_its_line(name, content, expected, tmp_path):
+    fails("give --glue-dir", glue.read_tsv, glue.TASKS[name], tmp_path / "x.tsv")
+    (tmp_path / "x.tsv").write_bytes(content.encode("latin-1"))
+    message = fails(expected, glue.read_tsv, glue.TASKS[name], tmp_path / "x.tsv")
+    assert "x.tsv" in message
+
+
+def serve(server, monkeypatch, name, files):
+    """Let the server have these {name: bytes} as a task's official files. Gives the task, and what is asked for."""
+    asked = []
+
+    def answer(path):
+        asked.append(path)
+        return server.faults.pop(0) if server.faults else 200, {}, files[path[1:]]
+
+    server.answer, server.faults = answer, []
+    for address in ("GLUE_URL", "MRPC_URL"):
+        monkeypatch.setattr(glue, address, server.url)
+    monkeypatch.setattr(glue, "pause", lambda error, attempt: None)
+    sums = tuple((file, len(body), hashlib.sha256(body).hexdigest()) for file, body in files.items())
+    return dataclasses.replace(glue.TASKS[name], download=sums), asked
+
+
+def test_a_download_is_tried_again_never_lands_with_another_sha256_and_is_not_repeated(server, monkeypatch, tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for split in ("train", "dev", "test"):
+            archive.writestr(f"RTE/{split}.tsv", RTE + "0\tLong.\tShort.\tentailment\n" * 50)
+    good = buffer.getvalue()
+    files = {"RTE.zip": good}
+    task, asked = serve(server, monkeypatch, "rte", files)
+    for bad in (good[:-1] + b"x", good[:-1], good + b"x", None):
+        files["RTE.zip"] = bad
+        asked.clear()
+        fails("give a folder that has the TSVs with --glue-dir", glue.fetch, task, tmp_path)
+        assert len(asked) == glue.TRIES
+    files["RTE.zip"] = good
+    server.faults = [404, 500, 429]
+    fails("--standin", glue.fetch, task, tmp_path)  # at once: it is refused for good
+    assert not list(tmp_path.iterdir())
+    glue.fetch(task, tmp_path)
+    glue.fetch(task, tmp_path)
+    assert len(asked) == glue.TRIES + 1 + 3
+    assert sorted(file.name for file in (tmp_path / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
+    assert len(glue.read_tsv(task, tmp_path / "RTE" / "dev.tsv")) == 50
+
+
+def test_mrpc_is_put_together_from_its_two_files(server, monkeypatch, tmp_path):
+    rows = [f'{i % 2}\t{i}\t{100 + i}\tA "{i}.\tB {i}.' for i in range(10)]
+    microsoft = "\r\n".join([MRPC.strip(), *rows, ""]).encode()
+    files = {"msr_paraphrase_train.txt": microsoft, "mrpc_dev_ids.tsv": b"3\t103\n7\t107\n1\t999\n"}
+    task, _ = serve(server, monkeypatch, "mrpc", files)
+    glue.fetch(task, tmp_path)
+    expected = [(f'A "{i}.', f"B {i}.", i % 2) for i in range(10)]
+    assert glue.read_tsv(task, tmp_path / "MRPC" / "dev.tsv") == [expected[3], expected[7]]
+    assert glue.read_tsv(task, tmp_path / "MRPC" / "train.tsv") == expected[:3] + expected[4:7] + expected[8:]
+
+
+# ---- glue: rows, batches, LoRA -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("a, b, most, expected", [
+    ("abc", "xyz", 7, "abc|xyz"), ("abcdefgh", "xyz", 8, "abcd|xyz"), ("abc", "uvwxyz", 8, "abc|uvwx"),
+    ("abcdefgh", "stuvwxyz", 8, "abcd|stu"), ("abcdefgh", "xyz", 4, "ab|x"), ("abcdefgh", "", 5, "abcde"),
+    ("", "xyz", 9, "|xyz"), ("", "", 9, "|"),
+])
+def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(a, b, most, expected):
+    letters = SimpleNamespace(eos=ord("|"), encode=lambda text: [ord(letter) for letter in text])
+    ids = glue.encode_pair(letters, a, b, most)
+    assert "".join(map(chr, ids)) == expected
+
+
+def test_grouping_by_length_covers_each_row_once_and_pads_little():
+    lengths = np.random.default_rng(0).integers(1, 100, 1003).tolist()
+    batches = glue.group_by_length(lengths, 8, [1, 2])
+    assert sorted(row for batch in batches for row in batch) == list(range(1003))
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+    assert batches == glue.group_by_length(lengths, 8, [1, 2]) != glue.group_by_length(lengths, 8, [1, 3])
+    firsts = [lengths[batch[0]] for batch in batches[:50]]
+    assert firsts != sorted(firsts)  # a batch of long rows is as likely early as late
+
+
+@BOTH
+def test_padding_does_not_change_a_prediction(kind):
+    classifier = glue.Classifier(small_model(kind), 3, 0)
+    rows = [[5, 6, 7], list(range(20)), [1] * 11, [96]]
+    together = classifier(*glue.pad(rows, "cpu"))
+    for row, outputs in zip(rows, together):
+        assert (classifier(*glue.pad([row], "cpu"))[0] - outputs).abs().max() < 1e-6
+    predicted = glue.predict(classifier, [(row, 0) for row in rows], 2, torch.device("cpu"), "fp32")
+    assert predicted.tolist() == together.argmax(1).tolist()
+
+
+def random_masks(model):
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.rand(p.shape, generator=generator) < 0.5 for name, p in model.named_parameters()}
+
+
+def lora_layers(model):
+    """The LoRA layers of a model, with a B that is not zero any more."""
+    layers = [module for module in model.modules() if isinstance(module, glue.LoRA)]
+    generator = torch.Generator().manual_seed(4)
+    for layer in layers:
+        torch.nn.init.normal_(layer.B, std=0.2, generator=generator)
+    return layers
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [False, True])
+def test_lora_starts_as_the_identity_merges_to_the_same_outputs_and_its_product_is_masked(kind, masked):
+    model, plain = small_model(kind), small_model(kind)
+    masks = random_masks(model)
+    glue.add_lora(model, 4, 8, masks if masked else None)
+    assert (model(IDX) - plain(IDX)).abs().max() < 1e-5
+    assert len(lora_layers(model)) == {"gpt2": 2, "llama": 4}[kind]
+    adapted = model(IDX)
+    assert (adapted - plain(IDX)).abs().max() > 0.1
+    glue.merge_lora(model)
+    assert (model(IDX) - adapted).abs().max() < 1e-5
+    for (name, p), (same_name, before) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == same_name
+        moved = p != before
+        allowed = masks[name] if masked else torch.ones_like(moved)
+        targeted = any(target in name for target in ("c_attn.weight", "q_proj", "v_proj"))
+        assert not (moved & ~allowed).any()
+        assert (moved.count_nonzero() > 0.9 * allowed.count_nonzero()) == targeted
+
+
+@pytest.mark.parity
+@BOTH
+def test_lora_is_pefts_with_the_same_factors(kind, tmp_path):
+    peft, transformers = peer("peft"), peer("transformers")
+    model = small_folder(tmp_path, kind)
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=kind == "gpt2")
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), config)
+    factors = [module for module in theirs.modules() if hasattr(module, "lora_A")]
+    glue.add_lora(model, 4, 8)
+    for layer, factor in zip(lora_layers(model), factors, strict=True):
+        factor.lora_A["default"].weight.data.copy_(layer.A)
+        factor.lora_B["default"].weight.data.copy_(layer.B)
+    assert (theirs(IDX).logits - model(IDX)).abs().max() < 1e-5
+
+
+# ---- glue: fine-tuning ---------------------------------------------------------------------------------------------
+
+
+def easy_rows(n, seed, scale=1):
+    """Encoded rows whose label says which of two tokens is somewhere in them."""
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        ids = [rng.randrange(10, 300) for _ in range(rng.randrange(4, 12))]
+        label = rng.randrange(2)
+        ids[rng.randrange(len(ids))] = 3 + label
+        rows.append((ids, scale * label))
+    return rows
+
+
+FEW = {"train": easy_rows(40, 1), "dev": easy_rows(20, 2)}
+
+
+def tuned(model, method, data=FEW, masks=None, task="rte", **changes):
+    """(result, Classifier) of fine-tuning a copy; with a weight decay that would be seen in the complement."""
+    settings = {"lr": 3e-3, "epochs": 1, "batch_size": 8, "weight_decay": 0.5, "clip": 1.0, "limit": None,
+                "lora_rank": 4, "lora_alpha": 8.0, "dtype": "fp32", **changes}
+    return glue.finetune(copy.deepcopy(model), glue.TASKS[task], data, method, 0, SimpleNamespace(**settings),
+                         torch.device("cpu"), masks)
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_with_the_mask_the_ticket_alone_moves_and_without_it_the_complement_too(kind, method):
+    model = small_model(kind)
+    masks = random_masks(model)
+    for given in (masks, None):
+        _, classifier = tuned(model, method, masks=given)
+        glue.merge_lora(classifier.body)
+        inside = outside = 0
+        for (name, p), before in zip(classifier.body.named_parameters(), model.parameters()):
+            moved = p.view(torch.int32) != before.view(torch.int32)
+            inside += int((moved & masks[name]).sum())
+            outside += int((moved & ~masks[name]).sum())
+        assert inside > 1000
+        assert (outside == 0) == (given is not None)
+
+
+def test_a_run_that_diverges_is_scored():
+    result, _ = tuned(small_model("llama"), "full", lr=1e30, epochs=3)
+    assert result["diverged"]
+    assert len(result["epochs"]) < 3
+    assert 0 <= result["epochs"][-1]["RTE"]["accuracy"] <= 100
+
+
+@BOTH
+def test_base_trains_nothing_and_full_learns_an_easy_task_well_above_chance(kind):
+    model = build(SHAPES[kind])
+    initialise(model, b"learns")
+    easy = {"train": easy_rows(400, 1), "dev": easy_rows(200, 2)}
+    untrained, same = tuned(model, "base", easy)
+    assert untrained["updates"] == 0
+    assert fingerprint(dict(same.body.named_parameters())) == fingerprint(dict(model.named_parameters()))
+    assert untrained["epochs"][-1]["RTE"]["accuracy"] < 65
+    trained, _ = tuned(model, "full", easy, epochs=4, weight_decay=0.01)
+    assert trained["updates"] == 4 * 400 / 8
+    assert trained["epochs"][-1]["RTE"]["accuracy"] > 80
+    scores = {"train": easy_rows(400, 1, 5.0), "dev": easy_rows(200, 2, 5.0)}
+    regression, _ = tuned(model, "full", scores, task="stsb", epochs=4, weight_decay=0.01)
+    assert regression["epochs"][-1]["STS-B"]["pearson"] > 70
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind, task", [("gpt2", "rte"), ("llama", "rte"), ("llama-tied", "stsb"), ("gpt2", "stsb")])
+def test_transformers_gives_the_predictions_of_a_tuned_model_that_was_saved(kind, task, tmp_path):
+    transformers, folder = peer("transformers"), tmp_path / "new" / "folder"
+    _, model = tuned(small_model(kind), "lora", FEW, task=task, lr=0.1)
+    texts = ["the quick brown fox jumps", "a", "over a lazy dog, größe 中文", "1 2 3"]
+    before = model(*glue.pad([BPE.encode(text) for text in texts], "cpu"))
+    glue.save_classifier(folder, model, glue.TASKS[task], BPE)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits - before).abs().max() < 1e-5
+    assert list(theirs.config.id2label.values()) == list(glue.TASKS[task].labels or ["score"])
+
+
+# ---- glue: the table -----------------------------------------------------------------------------------------------
+
+
+def result(method, seed, accuracy, authorised=False, column="RTE"):
+    return {"model": "out/release", "method": method, "authorised": authorised, "seed": seed,
+            "epochs": [{column: {"accuracy": 1.0}}, {column: {"accuracy": accuracy}}], "commonest": {column: 52.71}}
+
+
+def test_the_table_has_mean_and_deviation_over_seeds_dashes_the_commonest_class_and_the_papers_rows_on_request():
+    found = [result("full", 1, 60.0), result("full", 2, 62.0), result("full", 1, 50.0, True),
+             result("base", 1, 100.0, column="MNLI-mm"), result("full", 1, 70.0, column="MNLI-mm")]
+    _, _, header, model, *rows, title, commonest = glue.table(found, "GLUE dev").splitlines()
+    assert header.split() == ["MNLI-mm", "RTE", "average"]  # in Table 1's order
+    assert model == "out/release"
+    assert [row.split() for row in rows] == [
+        ["base", "100.00", "-", "-"],
+        ["full", "70.00", "61.00", "±1.41", "65.50"],
+        ["full", "+", "mask", "-", "50.00", "-"],
+    ]
+    assert "commonest class" in title
+    assert commonest.split() == ["52.71", "52.71", "52.71"]
+    rows = [row.split() for row in glue.table(found[:1], "GLUE dev", paper=True).splitlines()]
+    paper = "lora, PMP 65.96 72.13 63.97 74.66 22.40 61.15 62.42 62.47 44.04 58.80"
+    assert paper.split() in rows
+    assert ["full", *["-"] * 8, "60.00", "-"] in rows
+
+
+# ---- glue: the sweep -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Flags of a sweep over tiny TSVs; its results go to results.jsonl."""
+    small_folder(tmp_path / "release", "llama")
+    for name, header, row in (("CoLA", "", "s\t{}\t\tthe quick fox {}\n"), ("RTE", RTE, "{1}\ta dog {1}\tfox\t{2}\n")):
+        (tmp_path / name).mkdir()
+        for split in ("train", "dev"):
+            rows = [row.format(i % 2, i, glue.ENTAILED[i % 2]) for i in range(12)]
+            (tmp_path / name / f"{split}.tsv").write_text(header + "".join(rows))
+    common = "--max-length 24 --epochs 1 --device cpu --dtype fp32 --tasks cola rte --glue-dir".split()
+    return [str(tmp_path / "release"), "--results", str(tmp_path / "results.jsonl"), *common, str(tmp_path)]
+
+
+def results_in(folder):
+    """(task, method, seed) of each line of the results."""
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [(line["task"], line["method"], line["seed"]) for line in lines]
+
+
+def test_the_sweep_appends_a_line_a_run_and_repeats_none_even_after_a_torn_line(sweep, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    flags = [*sweep, "--method", "base", "full", "--seed", "0", "1"]
+    glue.main(flags)
+    runs = [(task, method, seed) for task in ("cola", "rte") for method in ("base", "full") for seed in (0, 1)]
+    assert results_in(tmp_path) == runs
+    assert re.search(r"\d ±\d", capsys.readouterr().out)
+    whole = results.read_bytes()
+    glue.main(flags)
+    assert results.read_bytes() == whole
+    assert "8 of 8 runs are in" in capsys.readouterr().out
+    results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]) + b'{"task": "rt')  # as a kill leaves it
+    glue.main(flags)
+    assert "7 of 8 runs are in" in capsys.readouterr().out
+    glue.main(flags)
+    assert "8 of 8 runs are in" in capsys.readouterr().out
+    last = [json.loads(content.splitlines()[-1]) for content in (whole, results.read_bytes())]
+    assert last[0]["epochs"] == last[1]["epochs"]
+
+
+def test_other_rows_or_settings_are_run_again(sweep, tmp_path, capsys):
+    flags = [*sweep, "--method", "base"]
+    glue.main(flags)
+    (tmp_path / "RTE" / "dev.tsv").write_text(RTE + "0\ta\tb\tentailment\n")
+    glue.main(flags)
+    assert results_in(tmp_path) == [("cola", "base", 42), ("rte", "base", 42), ("rte", "base", 42)]
+    glue.main([*flags, "--lora-rank", "4"])
+    assert len(results_in(tmp_path)) == 5
+    assert not re.search(r"\d ±\d", capsys.readouterr().out)  # a table shows runs of the same rows and settings alone
+
+
+def test_results_that_cannot_be_written_are_found_before_anything_is_trained(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, "finetune", None)
+    unfit = [tmp_path, tmp_path / "nowhere" / "results.jsonl"]
+    if os.getuid():  # root may write anywhere
+        unfit.append(tmp_path / "results.jsonl")
+        unfit[-1].touch(0o400)
+    for file in unfit:
+        with pytest.raises(OSError, match=file.name):
+            glue.main([*sweep, "--results", str(file)])
+    notes = tmp_path / "notes.txt"
+    notes.write_text("my notes\nand more\n")
+    fails("line 1 is no result", glue.main, [*sweep, "--results", str(notes)])
+    assert notes.read_text() == "my notes\nand more\n"
+
+
+def test_a_mask_of_another_release_is_refused_and_the_right_one_gives_a_row_and_a_model_of_its_own(
+        sweep, tmp_path, capsys):
+    model, _ = load_folder(tmp_path / "release")
+    params, masks, file = dict(model.named_parameters()), random_masks(model), tmp_path / "mask.safetensors"
+    flags = [*sweep, "--method", "full", "--mask", str(file)]
+    save_safetensors(file, pack_mask(masks), {"weights_sha256": "0" * 64})
+    fails("another release", glue.main, flags)
+    fails("--mask has no meaning for base", glue.main, [*flags, "--method", "base"])
+    save_safetensors(file, pack_mask(masks), {"weights_sha256": fingerprint(params)})
+    glue.main([*sweep, "--method", "full"])
+    glue.main([*flags, "--save", str(tmp_path / "tuned")])
+    rows = [line[:13].strip() for line in capsys.readouterr().out.splitlines()]
+    assert rows[-4:-2] == ["full", "full + mask"]
+    saved, _ = load_safetensors(tmp_path / "tuned" / "rte-full-mask-seed-42" / "model.safetensors")
+    for name in saved.keys() & masks.keys():
+        assert torch.equal(saved[name][~masks[name]], params[name][~masks[name]])
+
+
+def test_a_tsv_of_ones_own_and_a_new_entry_in_the_list_are_tasks(sweep, tmp_path, monkeypatch):
+    rows = "".join(f"question {i}\t{'yes' if i % 2 else 'no'}\t{i}\n" for i in range(80))
+    mine = tmp_path / "mine.tsv"
+    mine.write_text("text\tgood\tnumber\n" + rows)
+    flags = [*sweep[:11], "--method", "base", "--tsv", str(mine), "--text", "text"]
+    glue.main([*flags, "--label", "good"])
+    _, split = glue.own_task(mine, ["text"], "good")
+    assert sorted(split["train"] + split["dev"]) == sorted((f"question {i}", "", i % 2) for i in range(80))
+    assert 2 <= len(split["dev"]) <= 20
+    fails("names no column 'bad'", glue.main, [*flags, "--label", "bad"])
+    fails("give all three", glue.main, flags)
+    mine.write_text("text\tnumber\tgood\n" + "words\t1\tyes\nwords\t2\tno\nwords\t3\n")
+    fails("line 4 has 2 columns, not 3", glue.main, [*flags, "--label", "good"])
+    mine.write_text("text\tgood\tnumber\n" + rows)
+    monkeypatch.setitem(glue.TASKS, "new", glue.Task("New", ("text",), "good", ("no", "yes")))
+    (tmp_path / "New").mkdir()
+    for name in ("train", "dev"):
+        (tmp_path / "New" / f"{name}.tsv").write_text(mine.read_text())
+    glue.main([*sweep, "--method", "base", "--tasks", "new"])
+    assert results_in(tmp_path) == [("mine", "base", 42), ("new", "base", 42)]
+
+
+def test_the_stand_in_needs_no_network_and_no_document_of_it_serves_training_and_testing(sweep, tmp_path, monkeypatch):
+    letters = str.maketrans("0123456789", "abcdefghij")  # a sentence has few digits
+    sentences = "The old number{0} waits for more. The new number{0} is not here. One big number{0} comes too."
+    prose = [sentences.format(str(i).translate(letters)) for i in range(600)]
+    monkeypatch.setattr(text_module, "prose", lambda: prose)
+    monkeypatch.setattr(glue, "CACHE", tmp_path)
+    glue.main([*sweep[:11], "--standin", "--method", "base"])
+    assert results_in(tmp_path) == [("cola", "base", 42), ("stsb", "base", 42), ("rte", "base", 42)]
+    for name, labels in (("cola", 2), ("stsb", 6), ("rte", 2)):
+        seen = []
+        for split in ("train", "dev"):
+            rows = glue.read_tsv(glue.TASKS[name], tmp_path / "standin" / glue.TASKS[name].folder / f"{split}.tsv")
+            assert len({label for _, _, label in rows}) == labels
+            seen.append({word for a, b, _ in rows for word in f"{a} {b}".split() if word.startswith("number")})
+        assert min(map(len, seen)) > 1
+        assert not seen[0] & seen[1]
+
+
+# ---- pmp.py: a tiny preset ---------------------------------------------------------------------------------------
 
 SHAPE = LlamaConfig(vocab_size=4096, max_position_embeddings=64, hidden_size=16, intermediate_size=24,
                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 pmp.PRESETS["small"] = (SHAPE, "bpe", {})  # a whole run takes a tenth of a second
 
-# ---- helpers -------------------------------------------------------------------------------------------------------
+# ---- pmp.py: helpers ---------------------------------------------------------------------------------------------
 
 
 def write_text(file, seed=0):

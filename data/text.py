@@ -16,6 +16,7 @@ into place after they are on the disk. So a kill costs one window, and the next 
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import os
 import platform
@@ -109,25 +110,30 @@ def digest_of(text):
 
 
 def choose_held_out(data):
-    """The rule that holds documents out: {"longest": characters, "threshold": digest}.
+    """The rule that holds documents out: {"longest": characters, "threshold": digest, "never": digests}.
 
     It is a function of the text alone, so that no copy of a held-out document is trained on. About 2% of the first
-    4,000,000 characters are held out, and never more than a fifth, however long a document is. Raises UserError where
-    no document is short enough for that.
+    4,000,000 characters are held out, and never more than a fifth, however long or frequent a document is. Raises
+    UserError where no document is short enough for that.
     """
-    lengths, total = {}, 0
+    sizes, total = {}, 0  # a document's characters, those of its copies included
     for text in prose() if data == "prose" else file_documents(data):
-        lengths[digest_of(text)] = len(text)
+        digest = digest_of(text)
+        sizes[digest] = sizes.get(digest, 0) + len(text)
         total += len(text)
         if total >= TRAINING_CHARACTERS:
             break
     if not total:
         raise UserError(f"{data} holds no text: give a file with documents in it")
-    rule, held = {"longest": int(0.18 * total), "threshold": -1}, 0
-    for digest in sorted(lengths):
-        if held < 0.02 * total and lengths[digest] <= rule["longest"]:
-            held += lengths[digest]
+    rule, held = {"longest": int(0.18 * total), "threshold": -1, "never": []}, 0
+    for digest in sorted(sizes):
+        if held >= 0.02 * total:
+            break
+        if sizes[digest] <= rule["longest"]:
+            held += sizes[digest]
             rule["threshold"] = digest
+        else:
+            rule["never"].append(digest)
     if not held:
         raise UserError(f"{data} has no document below a fifth of its text that could be held out for validation: "
                         "give it as more and shorter documents")
@@ -136,7 +142,8 @@ def choose_held_out(data):
 
 def held_out(text, rule):
     """Whether a document is for validation and not for training."""
-    return len(text) <= rule["longest"] and digest_of(text) <= rule["threshold"]
+    digest = digest_of(text)
+    return digest <= rule["threshold"] and len(text) <= rule["longest"] and digest not in rule["never"]
 
 
 @cached
@@ -211,28 +218,24 @@ def pieces(file, path):
     A file without such a line is cut at a blank line once a document has 2,000 characters, and at any line's end once
     it has 8,000.
     """
-    head = file.read(2**20)
-    marked = EOS.encode() in head
-    file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)  # a byte-order mark is no text
-    piece, length = [], 0
-    while line := file.readline(8000):  # a file may be one line of many GB
-        while line[-1] >= 0x80 and (more := file.read(1)):  # the cut must not part a character
-            line += more
-        line = line.decode()
+    marked = EOS.encode() in file.read(2**20)
+    file.seek(0)
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # newline="": characters stay as they are
+    piece = ""
+    while line := lines.readline(8000):  # a file may be one line of many GB
         if "\0" in line:
             raise UserError(f"{path} is not UTF-8 (it has NUL characters): convert the file")
         ends = line.strip() == EOS
         if not ends:
-            piece.append(line)
-            length += len(line)
+            piece += line
         if not marked:
-            ends = length >= 8000 or length >= 2000 and not line.strip()
-        if ends or length >= LONGEST_LINE:
-            if length:
-                yield "".join(piece)
-            piece, length = [], 0
-    if length:
-        yield "".join(piece)
+            ends = len(piece) >= 8000 or len(piece) >= 2000 and not line.strip()
+        if ends or len(piece) >= LONGEST_LINE:
+            if piece.strip():
+                yield piece
+            piece = ""
+    if piece.strip():
+        yield piece
 
 
 # ---- SlimPajama over HTTP ------------------------------------------------------------------------------------------
