@@ -596,8 +596,8 @@ def main(argv=None):
                 if step == 1 or numbers:
                     check_complement()
                 progress.step("stage II", step, args.steps, seconds, loss=float(loss), **numbers, lr=lr, norm=norm)
-                epoch = train.epoch((step + 1) * sequences - 1, args.block_size)
-                if epoch > train.epoch(step * sequences - 1, args.block_size):
+                epoch = train.epoch((step + 1) * sequences - 1, args.block_size)  # of the next update
+                if step < args.steps and epoch > train.epoch(step * sequences - 1, args.block_size):
                     say(f"epoch {epoch + 1} of the text begins")
                 if any_rank(asked):
                     raise Stopped(128 + max(asked, default=0))

@@ -1957,3 +1957,62 @@ def test_a_tuning_that_was_stopped_goes_on_with_the_same_bits_from_another_folde
     monkeypatch.chdir(tmp_path)
     run([], resume=True, cache=tuning[5], out=out)
     same_run(out, tmp_path / "whole")
+
+
+# ---- README --------------------------------------------------------------------------------------------------------
+
+README = (Path(pmp.__file__).parent / "README.md").read_text()
+
+
+def readme_program():
+    """The algorithm on one screen."""
+    return re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)[1]
+
+
+def test_the_readmes_algorithm_runs_and_learns(flags, monkeypatch, capsys):
+    data, cache = value_of("--data", flags), value_of("--cache", flags)
+    monkeypatch.setattr(text_module, "prepare", lambda *args, **kwargs: prepare(data, "bpe", 0, cache=cache))
+    exec(readme_program(), {})
+    losses = [float(loss) for loss in re.findall(r"update \d+: loss (\S+)", capsys.readouterr().out)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_readme_names_code_tests_and_files_that_exist():
+    house = Path(pmp.__file__).parent
+    source = "\n".join(path.read_text() for path in [*house.glob("*.py"), *house.glob("data/*.py")])
+    named = re.findall(r"`(test_\w+)`", README)
+    assert len(named) == 7
+    for name in [*named, "topk_mask", "iou", "finetune", "documents"]:
+        assert f"def {name}(" in source, name
+    for name in ("class MaskedAdamW", "PRESETS = ", "TASKS = ", "self.optimizer = "):
+        assert name in source, name
+    for name in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (house / name).exists(), name
+
+
+EDITS = {  # rows of "to change …, edit …": file, what stands there, what a fork writes
+    "mask score": ("pmp.py", "topk_mask(scores or {name: p.grad for name, p in params.items()}, k)",
+                   "topk_mask({name: p.grad * p.detach() for name, p in params.items()}, k)"),
+    "mask rule": ("pmp.py", "[whole(score).abs().flatten()", "[-whole(score).abs().flatten()"),
+    "optimizer": ("pmp.py", "torch.optim.AdamW(list(params.values()), betas=betas, weight_decay=0.0, fused=True)",
+                  "torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9)"),
+    "preset": ("pmp.py", 'PRESETS = {\n', 'PRESETS = {\n    "mine": (LlamaConfig(**MINI), "bpe", LAPTOP),\n'),
+}
+
+
+@pytest.mark.parametrize("row", EDITS)
+def test_the_readmes_table_of_changes_works_on_a_copy(row, flags, tmp_path):
+    house = Path(pmp.__file__).parent
+    for name in ("pmp.py", "model.py", "common.py"):
+        shutil.copy(house / name, tmp_path)
+    shutil.copytree(house / "data", tmp_path / "data", ignore=shutil.ignore_patterns("cache", "__pycache__"))
+    file, before, after = EDITS[row]
+    source = (tmp_path / file).read_text()
+    assert source.count(before) == 1
+    (tmp_path / file).write_text(source.replace(before, after))
+    argv = arguments(flags[2:], preset="mine" if row == "preset" else "mini", out=tmp_path / "out", lr=0.001)
+    result = subprocess.run([sys.executable, "pmp.py", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    inside = flat(ticket(tmp_path / "out"))
+    assert inside.sum() == math.floor(0.7 * len(inside))
