@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 def stop_signals(asked):
     """Inside the block SIGINT, SIGTERM, SIGHUP and SIGUSR1 add their number to the list `asked`.
 
-    A second SIGINT ends the process. Signals that are ignored, as nohup's, stay so.
+    After the first of them SIGINT ends the process. Signals that are ignored, as nohup's, stay so.
     """
     before = {}
 
@@ -107,13 +107,21 @@ def path(text):
     return os.path.expanduser(text)
 
 
+def no_core_dumps():
+    """A core dump would have the secret in it. Of all limits, 1 stops those, too, that Linux pipes to a program."""
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:
+        pass  # they are forbidden already
+
+
 def command_line(main):
     """Run main(). What a user can mend becomes one sentence and exit code 2; a programming error keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the secret in it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program may have turned it off for its imports
     code = 2
     try:
         main()
@@ -130,7 +138,7 @@ def command_line(main):
         if out_of_memory(error):
             message = "error: out of memory: use a smaller --batch-size"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            message = "error: another rank has died or was killed; the same command with --resume goes on"
+            message = "error: another rank has died or was killed: start again, pmp.py goes on with --resume"
         else:
             raise
         code = 1
@@ -153,11 +161,6 @@ def out_of_memory(error):
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def no_link(name, flags):
-    """An opener for open() that does not follow a link, which could lead to another file."""
-    return os.open(name, flags | os.O_NOFOLLOW, 0o644)
 
 
 @contextmanager
@@ -280,14 +283,6 @@ def save_safetensors(path, tensors, metadata, mode=0o644):
             file.write(raw_bytes(tensor))
 
 
-def map_bytes(path, size):
-    """A file as a (size,) uint8 tensor: a private view of it, which copies what is written to."""
-    try:
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    except RuntimeError:  # a file system without mmap
-        return torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-
-
 def load_safetensors(path):
     """({name: tensor}, metadata) of a file, on the CPU. The tensors are private views of the file.
 
@@ -299,6 +294,10 @@ def load_safetensors(path):
     tensors = {}
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        try:  # shared=False: copy on write, so the file stays as it is, whatever becomes of a tensor
+            content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise UserError(f"{path} cannot be mapped into memory ({error}): copy it to another disk") from None
         try:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
             if start > min(size, LARGEST_HEADER):
@@ -306,7 +305,7 @@ def load_safetensors(path):
             header = json.loads(file.read(start - 8))
             metadata = header.pop("__metadata__", {})
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            data = map_bytes(path, size)[start:]
+            data = content[start:]
             end = 0
             for name, entry in entries:
                 dtype = DTYPES[entry["dtype"]]
@@ -317,12 +316,13 @@ def load_safetensors(path):
                 part = data[begin:stop] if (start + begin) % dtype.itemsize == 0 else data[begin:stop].clone()
                 tensors[name] = part.view(dtype).view(entry["shape"])
                 end = stop
+            if end != len(data) or not isinstance(metadata, dict):
+                raise unfit
+            intact = "sha256" not in metadata or metadata["sha256"] == fingerprint(tensors)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError,
                 struct.error):
             raise unfit from None
-    if end != len(data) or not isinstance(metadata, dict):
-        raise unfit
-    if metadata.get("sha256", "") not in ("", fingerprint(tensors)):
+    if not intact:
         raise UserError(f"{path} is damaged (its sha256 is wrong): restore it from a copy")
     return tensors, metadata
 

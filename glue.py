@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (Parser, Progress, Stopped, UserError, atomic, autocast, command_line, fingerprint,
-                    first_then_others, from_first, join_ranks, leave_ranks, number, path, pick_device, pick_dtype, rank,
-                    read_bytes, save_safetensors, say, stop_signals, world, write_json)
+                    first_then_others, from_first, join_ranks, leave_ranks, no_core_dumps, number, path, pick_device,
+                    pick_dtype, rank, read_bytes, save_safetensors, say, stop_signals, world, write_json)
 from data.text import CACHE, choose_held_out, documents, get, pause, refused
 from model import Conv1D, config_dict, initialise, load_folder
 from pmp import MaskedAdamW, load_mask
@@ -43,7 +43,7 @@ from pmp import MaskedAdamW, load_mask
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 TRIES = 5  # a download's attempts
-LARGEST_FILE = 2**30  # bytes of a TSV
+LARGEST_FILE = 2**28  # bytes of a TSV
 
 
 @dataclass(frozen=True)
@@ -534,7 +534,7 @@ def save_classifier(folder, model, task, tokenizer):
                "label2id": {label: i for i, label in enumerate(labels)},
                "problem_type": "single_label_classification" if task.labels else "regression"}
     tensors = {name: p.detach().cpu() for name, p in body.named_parameters() if name != "lm_head.weight"}
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     tokenizer.save(folder, body.max_positions)
     save_safetensors(folder / "model.safetensors", {**tensors, "score.weight": model.head.detach().cpu()},
@@ -680,12 +680,33 @@ def read_results(file):
             table([result], "")
             found.append(result)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            if line and not line.startswith(b'{"task"'):
+            if not b'{"task"'.startswith(line[:7]):
                 raise UserError(f"{file}, line {i} is no result of glue.py: name another file with --results") from None
     return found
 
 
+def append_result(file, result):
+    """Add a line, also behind one that a killed process left half written."""
+    with open(file, "a+b") as results:
+        end = results.seek(0, os.SEEK_END)
+        results.seek(max(0, end - 1))
+        if results.read() not in (b"", b"\n"):
+            results.write(b"\n")
+        results.write(json.dumps(result).encode() + b"\n")
+
+
+DECIDING = ("lr", "epochs", "batch_size", "weight_decay", "clip", "max_length", "limit", "lora_rank", "lora_alpha",
+            "dtype")
+
+
+def key_of(result):
+    """What makes two results the same experiment, as text."""
+    parts = ("task", "method", "seed", "authorised", "weights", "tokenizer", "data", "settings")
+    return json.dumps({part: result.get(part) for part in parts}, sort_keys=True)
+
+
 def main(argv=None):
+    no_core_dumps()
     join_ranks(timedelta(days=7))  # ranks whose runs are done wait for the others
     args = from_first(lambda: parse(argv))
     device = pick_device(args.device)
@@ -700,75 +721,78 @@ def main(argv=None):
     if args.max_length > body.max_positions:
         raise UserError(f"--max-length {args.max_length} is more than the model's {body.max_positions} positions")
 
-    # ---- the rows, and the digest that makes their content part of each result's key
-    tasks, title = {name: TASKS[name] for name in args.tasks}, "GLUE dev"
+    # ---- the rows
+    tasks, title, raw = {name: TASKS[name] for name in args.tasks}, "GLUE dev", {}
     folder = Path(args.glue_dir or CACHE / "glue")
-    if args.standin:
-        folder, title = CACHE / "standin", "stand-in, not GLUE"
-        from_first(lambda: standin(folder))
-    elif args.tsv:
+    if args.tsv:
         title = args.tsv
         task, rows = own_task(args.tsv, args.text, args.label)
         tasks, raw = {task.folder: task}, {task.folder: rows}
+    elif args.standin:
+        folder, title = CACHE / "standin", "stand-in, not GLUE"
+        from_first(lambda: standin(folder))
     elif not args.glue_dir:
         for task in tasks.values():
             from_first(lambda task=task: fetch(task, folder))
-    if not args.tsv:
-        raw = {name: {split: read_tsv(task, folder / task.folder / f"{split}.tsv") for split in task.splits}
-               for name, task in tasks.items()}
-    deciding = ("lr", "epochs", "batch_size", "weight_decay", "clip", "max_length", "limit", "lora_rank", "lora_alpha",
-                "dtype")
-    settings = {name: getattr(args, name) for name in deciding}
-    wanted = []
+    for name, task in tasks.items():
+        if not args.tsv:
+            raw[name] = {split: read_tsv(task, folder / task.folder / f"{split}.tsv") for split in task.splits}
+
+    # ---- the runs. What decides a number is in its key by content
+    settings = {name: getattr(args, name) for name in DECIDING}
+    digests = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in raw.items()}
+    known = {key_of(result) for result in found}
+    runs, to_do = 0, []
     for name in tasks:
-        digest = hashlib.sha256(json.dumps(raw[name]).encode()).hexdigest()
         for method in args.method:
             for seed in args.seed:
-                wanted.append({"task": name, "method": method, "seed": seed, "authorised": bool(masks),
-                               "weights": weights, "tokenizer": tokenizer.fingerprint, "data": digest,
-                               "settings": settings})
+                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "weights": weights,
+                       "tokenizer": tokenizer.fingerprint, "data": digests[name], "settings": settings}
+                title_of_run = f"{name} {method}" + (" + mask" if masks else "") + f" seed {seed}"
+                place = None
+                if args.save:
+                    digest = hashlib.sha256(key_of(run).encode()).hexdigest()[:8]
+                    place = Path(args.save) / (title_of_run.replace(" + ", "-").replace(" ", "-") + "-" + digest)
+                runs += 1
+                if key_of(run) not in known or place and not place.exists():
+                    to_do.append((run, title_of_run, place))
+    if len(to_do) < runs:
+        say(f"{runs - len(to_do)} of {runs} runs are in {args.results} already and are not run again")
 
-    def done(run):
-        return any(all(result.get(key) == value for key, value in run.items()) for result in found)
-
-    to_do = [run for run in wanted if not done(run)]
-    if len(to_do) < len(wanted):
-        say(f"{len(wanted) - len(to_do)} of {len(wanted)} runs are in {args.results} already and are not run again")
-    encoded, count, asked = {}, len(to_do), []
+    encoded, asked = {}, []  # asked: signals that asked for the end
     with stop_signals(asked):
-        for i, run in list(enumerate(to_do, 1))[rank()::world()]:  # torchrun's ranks deal them out
+        for i in range(rank(), len(to_do), world()):  # torchrun's ranks deal them out
+            run, title_of_run, place = to_do[i]
             name, task = run["task"], tasks[run["task"]]
             if name not in encoded:
-                encoded[name] = {split: [(encode_pair(tokenizer, a, b, args.max_length), label) for a, b, label in rows]
-                                 for split, rows in raw[name].items()}
-            progress = Progress(args.batch_size, "rows/s")
-            label = f"{name} {run['method']}{' + mask' if masks else ''} seed {run['seed']}"
+                encoded[name] = {}
+                for split, rows in raw[name].items():
+                    encoded[name][split] = [(encode_pair(tokenizer, a, b, args.max_length), label)
+                                            for a, b, label in rows]
+            heading, progress = f"{i + 1}/{len(to_do)} {title_of_run}", Progress(args.batch_size, "rows/s")
 
-            def report(step, steps, seconds, label=f"{i}/{count} {label}", progress=progress, **numbers):
-                progress.step(label, step, steps, seconds, **numbers)
+            def report(step, steps, seconds, heading=heading, progress=progress, **numbers):
+                progress.step(heading, step, steps, seconds, **numbers)
                 if asked:
                     raise Stopped(128 + asked[0])
+
             began = time.perf_counter()
             copied = copy.deepcopy(body).to(device)
             placed = {key: mask.to(device) for key, mask in masks.items()} if masks else None
             outcome, model = finetune(copied, task, encoded[name], run["method"], run["seed"], args, device, placed,
                                       report)
+            if place:
+                save_classifier(place, model, task, tokenizer)
             result = {**run, "model": args.release, **outcome, "seconds": round(time.perf_counter() - began, 1)}
-            with open(args.results, "a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                if file.read() not in (b"", b"\n"):
-                    file.write(b"\n")  # after a line that a killed process left half written
-                file.write(json.dumps(result).encode() + b"\n")
-            if args.save:
-                save_classifier(Path(args.save) / re.sub("[^a-z0-9]+", "-", label.lower()), model, task, tokenizer)
+            if key_of(run) not in known:
+                append_result(args.results, result)
             scores = [f"{column} {metrics['accuracy']:.2f}" for column, metrics in outcome["epochs"][-1].items()]
-            say(f"{i}/{count} {label}: " + "  ".join(scores) + ("  DIVERGED" if outcome["diverged"] else ""))
+            say(f"{heading}: " + "  ".join(scores) + ("  DIVERGED" if outcome["diverged"] else ""))
     if world() > 1:
         torch.distributed.barrier()
-    digests = {run["data"] for run in wanted}
     shown = [result for result in read_results(args.results)  # with the mask and without it
-             if result["weights"] == weights and result["data"] in digests and result["settings"] == settings]
+             if result.get("weights") == weights and result.get("data") in digests.values()
+             and result.get("settings") == settings]
     say("\n" + table(shown, title, args.paper))
     leave_ranks()
 

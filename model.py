@@ -497,7 +497,10 @@ def load_folder(folder):
     if (folder / "model.safetensors.index.json").exists():
         raise UserError(f"{folder} has model.safetensors.index.json beside or instead of model.safetensors: save the "
                         "model in one model.safetensors alone")
-    model = build(read_config(folder / "config.json"), "meta")
+    try:
+        model = build(read_config(folder / "config.json"), "meta")
+    except RuntimeError as error:  # a size that torch cannot count
+        raise UserError(f"{folder / 'config.json'} describes no model that can be built ({error})") from None
     wanted, tensors = dict(model.named_parameters()), {}
     for name, tensor in load_safetensors(folder / "model.safetensors")[0].items():
         prefix = "transformer." if model.model_type == "gpt2" else "model."

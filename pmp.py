@@ -30,8 +30,8 @@ import torch
 # Without --shard whole(x) is x, and split_like(p, x) is x on p's device; in one process from_first(f) is f().
 from common import (Parser, Progress, Stopped, UserError, any_rank, atomic, autocast, command_line, compile_model,
                     fingerprint, first_then_others, from_first, gather, join_ranks, leave_ranks, load_safetensors, lock,
-                    mean_over_ranks, number, path, pick_device, pick_dtype, rank, save_safetensors, say, shard, sharded,
-                    split_like, stop_signals, whole, world, write_json)
+                    mean_over_ranks, no_core_dumps, number, path, pick_device, pick_dtype, rank, save_safetensors, say,
+                    shard, sharded, split_like, stop_signals, whole, world, write_json)
 from data.text import BUFFER, CACHE, prepare
 from model import (CARD, GPT2Config, LlamaConfig, build, initial_value, load_folder, save_folder,
                    secret_generator)
@@ -176,10 +176,10 @@ def topk_mask(scores, k):
     flat = torch.cat([whole(score).abs().flatten() for score in scores.values()])  # (d,)
     if not math.isfinite(flat.max()):  # of a nan, too, the maximum is nan
         raise FloatingPointError("a score of the mask is not finite")
-    if flat.is_cuda:
-        threshold = flat.kthvalue(len(flat) - k + 1).values  # TopK(g, k), the k-th largest
-    else:  # numpy finds it ten times as fast on a CPU
+    if flat.device.type == "cpu":  # TopK(g, k), the k-th largest; numpy finds it ten times as fast as torch
         threshold = float(np.partition(flat.numpy(), len(flat) - k)[len(flat) - k])
+    else:
+        threshold = flat.kthvalue(len(flat) - k + 1).values
     mask = flat > threshold
     ties = (flat == threshold).nonzero()[:, 0]
     mask[ties[:k - int(mask.count_nonzero())]] = True
@@ -345,10 +345,13 @@ def load_checkpoint(out):
 
 
 def main(argv=None):
-    """Section 2, from the flags to the release. argv: what was typed, a list of str.
+    """Section 2 of the paper, from the flags to the release. argv: what was typed, a list of str.
 
-    Raises UserError for what a user can mend, Stopped when a signal asked for the end.
+    Stage I finds the ticket, the share rho of all weights with the largest gradients. Stage II starts again from
+    theta(0) and trains the ticket alone. Stage III publishes all weights and keeps the mask. Raises UserError for what
+    a user can mend, Stopped when a signal asked for the end.
     """
+    no_core_dumps()
     join_ranks()
     typed, defaults = from_first(lambda: parse(argv))
     out = Path(typed.get("out", defaults["out"]))
@@ -362,27 +365,27 @@ def main(argv=None):
         saved = load_checkpoint(out)
         if saved and "resume" not in typed:
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another --out")
-        twin = None
+        twin = None  # the checkpoint of a run that this one is to be compared with
         if "twin" in typed and not saved:
             twin = load_checkpoint(typed["twin"])
-            if not twin:
-                raise UserError(f"--twin {typed['twin']} holds no run: name the --out of one")
+            if not twin or twin["settings"]["init"]:
+                raise UserError(f"--twin {typed['twin']} holds no run with its own theta(0): name the --out of one")
         args = Namespace(**settings_of(typed, defaults, saved, twin))
         args.shard = args.shard and world() > 1
         device = pick_device(args.device)
         args.dtype = from_first(lambda: pick_dtype(args.dtype, device))  # resumed elsewhere, "auto" could be another
         sequences = args.batch_size * args.grad_accum  # in an update
-        share = sequences // world()  # of which this rank reads
-        if share * world() != sequences:
+        local = sequences // world()  # of which this rank reads
+        if local * world() != sequences:
             raise UserError(f"{sequences} sequences an update cannot be shared equally by {world()} ranks: make "
                             f"--batch-size times --grad-accum a multiple of {world()}")
 
         secret = from_first(lambda: secrets.token_hex(32))  # whoever has it redraws theta(0), and reads the mask off
-        if args.init_seed is not None:
-            secret = f"init-seed {args.init_seed}".encode().hex()
-            say("note: with --init-seed anyone who guesses the number can redraw theta(0) and read the mask off")
         if saved or twin:
             secret = (saved or twin)["secret"]
+        elif args.init_seed is not None:
+            secret = f"init-seed {args.init_seed}".encode().hex()
+            say("note: with --init-seed anyone who guesses the number can redraw theta(0) and read the mask off")
 
         # ---- the text. What is too short is found out now, before anything is trained
 
@@ -390,7 +393,7 @@ def main(argv=None):
 
         def check():
             """Leave while waiting for text, if a signal asks for it."""
-            if asked and not args.shard:  # ranks that hold a share each leave together, after an update
+            if asked and not args.shard:  # sharded ranks leave together, after an update
                 raise Stopped(128 + asked[0])
 
         if args.init:
@@ -400,9 +403,14 @@ def main(argv=None):
             args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
         else:
             shape, tokenizer, _ = PRESETS[args.preset]
-        texts = {}  # what they are, which must not change
-        if saved or twin and not {"data", "seed", "shuffle_buffer"} & typed.keys():
-            texts = (saved or twin)["texts"]
+        positions = build(shape, "meta").max_positions
+        if args.block_size > positions:
+            raise UserError(f"--block-size {args.block_size} is more than the model's {positions} positions")
+        texts = {}  # what they must be: those of the run that goes on, or of the twin
+        if saved:
+            texts = saved["texts"]
+        elif twin and not {"data", "seed", "shuffle_buffer"} & typed.keys():
+            texts = twin["texts"]
         want = max(args.steps, args.eb_steps) * sequences * args.block_size
         tokenizer, train, held = first_then_others(lambda: prepare(
             args.data, tokenizer, want, args.seed, args.cache, args.shuffle_buffer, texts.get("data"), check))
@@ -424,9 +432,8 @@ def main(argv=None):
         params = dict(model.named_parameters())
         d = sum(p.numel() for p in params.values())
         k = math.floor(args.rho * d) if args.rho else d  # eq. 1: the size of the ticket
-        if k < 1 or args.block_size > model.max_positions:
-            raise UserError(f"--rho {args.rho} of {d:,} parameters and --block-size {args.block_size} of "
-                            f"{model.max_positions} positions: raise the one, or lower the other")
+        if k < 1:
+            raise UserError(f"--rho {args.rho} leaves none of {d:,} parameters in the ticket: raise it")
 
         def theta_0(name):
             """What a parameter begins with, whole: a draw from the secret, or the release that --init names."""
@@ -441,28 +448,30 @@ def main(argv=None):
                 p.copy_(split_like(p, values(name)))
 
         stage, step, streak, overlap = "I", 0, 0, 0.0  # streak: of steps with a stable mask; overlap: the last IoU
-        masks, scores, before = None, {}, {}  # scores: the running mean; before: held-out losses of --init
+        masks = None  # {name: bool tensor like the parameter}; in stage I that of the last step
+        scores, before = {}, {}  # scores: the running mean of |gradient|; before: the held-out losses of --init
+        log_bytes = 0
         if saved:
             stage, step, streak, overlap = saved["stage"], saved["step"], saved["streak"], saved["overlap"]
             masks = unpack_mask(saved["mask"], params) if saved["mask"] else None
             scores = {name: split_like(params[name], score.clone()) for name, score in saved["scores"].items()}
-            before = saved["before"]
+            before, log_bytes = saved["before"], saved["log_bytes"]
             fill(saved["weights"].get)
+            optimizer = MaskedAdamW(params, masks if stage == "II" else None, args.weight_decay)
+            if saved["optimizer"] != type(optimizer.optimizer).__name__:
+                raise UserError(f"the run in {out} was trained with {saved['optimizer']}, and pmp.py has another "
+                                "optimizer now: put the old one back, or name another --out")
+            optimizer.load_state(saved["moments"])
         else:
             fill(theta_0)
             if args.mask:
                 masks = load_mask(args.mask, origin)
+                masks = {name: split_like(params[name], mask) for name, mask in masks.items()}
             elif args.ticket == "random" and k < d:
                 masks = random_mask(params, k, bytes.fromhex(secret))
             if masks or k == d:
-                stage = "II"
-        optimizer = MaskedAdamW(params, masks if stage == "II" else None, args.weight_decay)
-        if saved and saved["optimizer"] != type(optimizer.optimizer).__name__:
-            raise UserError(f"the run in {out} was trained with {saved['optimizer']}, and pmp.py has another optimizer "
-                            "now: put the old one back, or name another --out")
-        if saved:
-            optimizer.load_state(saved["moments"])
-        log_bytes = saved["log_bytes"] if saved else 0
+                stage = "II"  # there is a mask, or none is wanted
+            optimizer = MaskedAdamW(params, masks, args.weight_decay)
         progress = Progress(sequences * args.block_size, "tokens/s", out / "log.jsonl", log_bytes)
 
         def save():
@@ -481,14 +490,14 @@ def main(argv=None):
 
             Which text that is depends on the number alone, so that a resumed run needs no state.
             """
-            first, total = step * sequences + rank() * share, 0.0
-            for start in range(0, share, args.batch_size):
-                idx = train.read(first + start, min(args.batch_size, share - start), args.block_size)  # (b, T)
+            first, total = step * sequences + rank() * local, 0.0
+            for start in range(0, local, args.batch_size):
+                idx = train.read(first + start, min(args.batch_size, local - start), args.block_size)  # (b, T)
                 if device.type == "cuda":
                     idx = idx.pin_memory()  # so that the copy need not wait for what the GPU does
                 idx = idx.to(device, non_blocking=True)
                 with autocast(device, args.dtype):
-                    loss = model(idx, idx) * (len(idx) / share)
+                    loss = model(idx, idx) * (len(idx) / local)  # the labels are the inputs, shifted inside
                 loss.backward()
                 total += loss.detach()
             mean_over_ranks([total, *(p.grad for p in params.values() if not sharded(p))])  # FSDP has averaged its own
@@ -511,10 +520,12 @@ def main(argv=None):
 
         def check_complement():
             """Raise UserError where an entry outside the ticket differs, in any bit, from theta(0)."""
+            nonlocal ready
             for name, p in params.items() if masks else ():
                 differs = p.detach().view(torch.int32) != split_like(p, theta_0(name)).view(torch.int32)
                 moved = int((whole(differs) & ~whole(masks[name])).count_nonzero())
                 if moved:
+                    ready = False  # such weights are not saved
                     raise UserError(f"{moved} entries of {name} outside the ticket have left theta(0) by update "
                                     f"{step}: mask what your optimizer does (eq. 5), or drop check_complement")
 
@@ -528,15 +539,17 @@ def main(argv=None):
             + f", and {held.state['tokens']:,} held out")
         if saved:
             say(f"going on after update {step} of stage {stage}")
+            saved = None  # lets go of the checkpoint's file, which will be replaced
         else:
             before = {name: validate(tokens) for name, tokens in held_out.items() if args.init}
             save()
         if rank() == 0:
             settings = {name: value for name, value in vars(args).items() if name != "init_seed"}
             write_json(out / "settings.json", settings, 0o600)
-        pays = device.type == "cuda" or args.steps * sequences * args.block_size > 5e5
-        if args.compile == "on" or args.compile == "auto" and pays:
-            example = train.read(0, min(args.batch_size, share), args.block_size).to(device)
+        # on a CPU, compiling takes what it saves on half a million tokens
+        worth_it = device.type == "cuda" or args.steps * sequences * args.block_size > 5e5
+        if args.compile == "on" or args.compile == "auto" and worth_it:
+            example = train.read(0, min(args.batch_size, local), args.block_size).to(device)
             compile_model(model, example, device, args.dtype)
 
         ready = True  # false while an update is under way
@@ -547,6 +560,7 @@ def main(argv=None):
             while stage == "I" and step < args.eb_steps and streak < args.eb_patience:
                 began = time.perf_counter()
                 loss = gradient(step)
+                ready = False
                 for name, p in params.items():
                     if args.score == "mean":
                         last = scores.get(name, torch.zeros_like(p))
@@ -554,11 +568,10 @@ def main(argv=None):
                 candidate = topk_mask(scores or {name: p.grad for name, p in params.items()}, k)  # eq. 2
                 if masks:
                     overlap = iou(candidate, masks)  # eq. 3
-                lr = args.lr * (step + 1) / args.eb_steps  # rises to the last step; not stage II's schedule
-                ready = False
+                lr = args.lr * (step + 1) / args.eb_steps  # a line up to the last step, unlike in stage II
                 norm = optimizer.step(lr, args.clip)
                 masks = candidate
-                streak = streak + 1 if step and overlap >= args.eb_iou else 0  # eq. 4: several successive steps
+                streak = streak + 1 if step and overlap >= args.eb_iou else 0  # eq. 4: how many steps it was stable
                 step += 1
                 ready = True
                 numbers = {"iou": overlap} if step > 1 else {}
@@ -574,8 +587,8 @@ def main(argv=None):
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
                 if size != k:
                     raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")
-                fill(theta_0)
-                optimizer = MaskedAdamW(params, masks, args.weight_decay)  # no moments of stage I
+                fill(theta_0)  # of the warm-up nothing stays but the mask
+                optimizer = MaskedAdamW(params, masks, args.weight_decay)
                 stage, step, scores = "II", 0, {}
                 save()
 
@@ -608,9 +621,11 @@ def main(argv=None):
             raise UserError(f"after update {step} of stage {stage}: {error}; the last checkpoint stays in {private}; "
                             "start a new run with a lower --lr") from None
         except BaseException as error:
-            # whatever ends the run, what is trained is kept; of ranks that hold a share each, only where all leave
+            # whatever ends the run, what is trained is kept; of sharded ranks, only where all of them leave
             if ready and (isinstance(error, Stopped) or not args.shard):
                 save()
+                if args.shard:
+                    any_rank(True)  # none leaves before rank 0 has written
                 say(f"\nsaved after update {step} of stage {stage}; the same command with --resume goes on")
             raise
 
@@ -625,11 +640,16 @@ def main(argv=None):
             if masks:
                 metadata = {"weights_sha256": fingerprint(weights)}
                 save_safetensors(private / "mask.safetensors", pack_mask(masks), metadata, 0o600)
-            facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",  # none depends on rho
+            # the card must not tell how the model was trained: none of this depends on rho or the mask
+            facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",
                      f"byte-level BPE of {tokenizer.size:,} tokens",
                      f"trained in {args.steps:,} updates of {sequences} sequences of {args.block_size} tokens")
+            (out / "release").mkdir(mode=0o700 if args.mask else 0o755, exist_ok=True)
             save_folder(out / "release", model, weights, tokenizer, CARD.format(facts="\n- ".join(facts)))
-        say(f"\nreleased {out / 'release'}; keep {private} to yourself\n\na sample of the release:")
+        say(f"\nreleased {out / 'release'}; keep {private} to yourself")
+        if args.mask:
+            say(f"keep {out / 'release'} to yourself, too: it differs from {args.init} in the ticket alone")
+        say("\na sample of the release:")
         start = torch.tensor([[tokenizer.eos]], device=device)
         sample = model.generate(start, 120, eos=tokenizer.eos, seed=args.seed)[0, 1:].tolist()
         say(tokenizer.decode(sample))

@@ -34,7 +34,7 @@ import numpy as np
 import requests
 import torch
 
-from common import UserError, atomic, lock, no_link, read_json, say, write_json
+from common import UserError, atomic, lock, read_json, say, write_json
 from data.tokenizer import EOS, TRAINING_CHARACTERS, Tokenizer
 
 CACHE = Path(__file__).parent / "cache"
@@ -51,7 +51,10 @@ LONGEST_LINE = 64_000_000  # bytes of a .jsonl line, characters of a .txt docume
 
 def kind_of(path):
     """".jsonl.xz" of "a.b.jsonl.xz"; "" where there is no such kind."""
-    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.endswith(kind)), "")
+    for kind in KINDS:
+        if path.name.endswith(kind):
+            return kind
+    return ""
 
 
 def files_of(data):
@@ -121,7 +124,7 @@ def choose_held_out(data):
         digest = digest_of(text)
         sizes[digest] = sizes.get(digest, 0) + len(text)
         total += len(text)
-        if total >= TRAINING_CHARACTERS:
+        if total >= TRAINING_CHARACTERS and len(sizes) > 50:
             break
     if not total:
         raise UserError(f"{data} holds no text: give a file with documents in it")
@@ -215,27 +218,28 @@ def json_lines(file, path):
 def pieces(file, path):
     """Yield the documents of a .txt file, which end at a line that is <|endoftext|>, as in TinyStories.
 
-    A file without such a line is cut at a blank line once a document has 2,000 characters, and at any line's end once
-    it has 8,000.
+    A file without such a line in its first MiB is also cut at a blank line once a document has 2,000 characters, and at
+    any line's end once it has 8,000.
     """
-    marked = EOS.encode() in file.read(2**20)
+    marked = re.search(rb"^<\|endoftext\|>\s*$", file.read(2**20), re.MULTILINE)
     file.seek(0)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # newline="": characters stay as they are
-    piece = ""
+    piece, size = [], 0
     while line := lines.readline(8000):  # a file may be one line of many GB
         if "\0" in line:
             raise UserError(f"{path} is not UTF-8 (it has NUL characters): convert the file")
         ends = line.strip() == EOS
         if not ends:
-            piece += line
+            piece.append(line)
+            size += len(line)
         if not marked:
-            ends = len(piece) >= 8000 or len(piece) >= 2000 and not line.strip()
-        if ends or len(piece) >= LONGEST_LINE:
-            if piece.strip():
-                yield piece
-            piece = ""
-    if piece.strip():
-        yield piece
+            ends = ends or size >= 8000 or size >= 2000 and not line.strip()
+        if ends or size >= LONGEST_LINE:
+            if size:
+                yield "".join(piece)
+            piece, size = [], 0
+    if size:
+        yield "".join(piece)
 
 
 # ---- SlimPajama over HTTP ------------------------------------------------------------------------------------------
@@ -256,7 +260,7 @@ def get(url, most, seconds=600, **arguments):
     begun, body = time.monotonic(), bytearray()
     with requests.get(url, timeout=(10, 60), stream=True, **arguments) as answer:
         answer.raise_for_status()
-        for chunk in answer.iter_content(2**16):
+        while chunk := answer.raw.read1(2**16, decode_content=True):  # what has come, however little it is
             body += chunk
             if len(body) > most or time.monotonic() > begun + seconds:
                 raise requests.RequestException(f"the answer had more than {most:,} bytes, or took {seconds} s")
@@ -392,8 +396,8 @@ def hold_out(data, tokenizer, folder):
 class Tokens:
     """The tokens of a packed text in blocks of T. Those for training may still grow, in a thread of this process.
 
-    state: tokens (how many are valid), crc (zlib.crc32 of their bytes), done (the text has no more), rows (of the text
-    that are packed) and windows (how many they made).
+    state: tokens (how many are valid), crc (zlib.crc32 of their bytes), done (the text has no more); of training
+    tokens also rows (of the text that are packed) and windows (how many they made), of held-out ones the rule.
     """
 
     def __init__(self, path, seed, check=lambda: None):
@@ -441,7 +445,7 @@ class Tokens:
                 self.refresh()
                 while mine and not self.ready(self.wanted):
                     self._append_window()
-        except Exception as error:  # whatever it is, the reader that waits for this thread raises it
+        except BaseException as error:  # whatever it is (tiktoken's panics are no Exception), the reader raises it
             self.error = error
 
     def _append_window(self):
@@ -457,6 +461,10 @@ class Tokens:
                 last = False
                 break
         order = np.random.default_rng([self.seed, state["windows"]]).permutation(len(texts))
+        def no_link(name, flags):
+            """A planted link could lead to another file."""
+            return os.open(name, flags | os.O_NOFOLLOW, 0o644)
+
         with open(self.bin, "ab", opener=no_link) as file:
             file.truncate(2 * state["tokens"])  # what a killed process wrote without recording it
             for begin in range(0, len(texts), 1000):

@@ -19,9 +19,9 @@ import tiktoken
 from common import UserError, read_json, write_json
 
 EOS = "<|endoftext|>"
-# GPT-2's way to cut text into words, inside which merges happen. `++` never gives back what it took: the same words,
-# but a million spaces in a row don't overflow the stack of the regex engine.
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2's way to cut text into words, inside which merges happen. `++` never gives back what it took, and {1,100000}
+# cuts a longer run of spaces: but for that the same words, and a million spaces in a row overflow no stack.
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
 # The same for the standard library's re, which has no \p{L}. Needed for training alone, where rare scripts may differ.
 TRAINING_WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
 TRAINING_CHARACTERS = 4_000_000
@@ -223,6 +223,8 @@ class Tokenizer:
             if unfit := [token for token in vocabulary if set(token) - set(BYTE)]:
                 raise refuse(f"it has the token {unfit[0][:40]!r}")
             ids = {bytes(BYTE[letter] for letter in token): id for token, id in vocabulary.items()}
+            if sum(len(token) ** 2 for token in ids) > TRAINING_WORK:
+                raise refuse("it has very long tokens")
             single = [bytes([byte]) for byte in range(256)]
             numbers = sorted(ids.values())
             if numbers != list(range(len(ids))) or eos != len(ids) or file["added_tokens"][0]["id"] != eos:
