@@ -124,7 +124,11 @@ def fetch(task, folder):
             listed = bodies["mrpc_dev_ids.tsv"].decode("utf-8-sig").splitlines()
             held_out = {tuple(line.split("\t")) for line in listed}
             header, *lines = bodies["msr_paraphrase_train.txt"].decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-            chosen = [line for line in lines if line and (tuple(line.split("\t")[1:3]) in held_out) == (split == "dev")]
+            chosen = []
+            for line in lines:
+                in_dev = tuple(line.split("\t")[1:3]) in held_out
+                if line and in_dev == (split == "dev"):
+                    chosen.append(line)
             content = "\n".join([header, *chosen, ""]).encode()
         else:
             with zipfile.ZipFile(io.BytesIO(bodies[task.download[0][0]])) as archive:
@@ -243,7 +247,8 @@ def encode_pair(tokenizer, a, b, max_length):
     first, second = tokenizer.encode(a), tokenizer.encode(b)
     separator = [tokenizer.eos] if b or not first else []
     while len(first) + len(separator) + len(second) > max_length:
-        (first if len(first) > len(second) else second).pop()
+        longer = first if len(first) > len(second) else second
+        longer.pop()
     return first + separator + second
 
 

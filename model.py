@@ -504,7 +504,9 @@ def load_folder(folder):
     wanted, tensors = dict(model.named_parameters()), {}
     for name, tensor in load_safetensors(folder / "model.safetensors")[0].items():
         prefix = "transformer." if model.model_type == "gpt2" else "model."
-        full = name if name in wanted or prefix + name not in wanted else prefix + name  # a body saved without its head
+        full = name
+        if name not in wanted and prefix + name in wanted:  # of a body that was saved without its head
+            full = prefix + name
         if full in tensors:
             raise UserError(f"{folder} has the tensor {full} twice, with and without {prefix}: remove one")
         if not name.endswith(CONSTANTS):

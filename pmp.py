@@ -183,9 +183,12 @@ def topk_mask(scores, k):
     mask = flat > threshold
     ties = (flat == threshold).nonzero()[:, 0]
     mask[ties[:k - int(mask.count_nonzero())]] = True
-    parts = mask.split([score.numel() for score in scores.values()])
-    return {name: split_like(score, part.view(score.shape))
-            for (name, score), part in zip(scores.items(), parts, strict=True)}
+    masks, start = {}, 0
+    for name, score in scores.items():
+        part = mask[start:start + score.numel()].view(score.shape)
+        masks[name] = split_like(score, part)
+        start += score.numel()
+    return masks
 
 
 def random_mask(params, k, secret):
@@ -245,8 +248,11 @@ class MaskedAdamW:
 
     def state(self):
         """{"KEY.NAME": tensor} of AdamW's moments and counts."""
-        return {f"{key}.{name}": value for name, p in self.params.items()
-                for key, value in self.optimizer.state.get(p, {}).items()}
+        found = {}
+        for name, p in self.params.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                found[f"{key}.{name}"] = value
+        return found
 
     def load_state(self, state):
         """Take back what state() gave, as whole tensors."""
@@ -506,7 +512,7 @@ def main(argv=None):
         @torch.no_grad()
         def validate(tokens):
             """Mean loss in nats over the same held-out sequences each time."""
-            count = min(args.val_blocks, tokens.blocks(args.block_size)) // world() or 1  # sequences for each rank
+            count = max(1, min(args.val_blocks, tokens.blocks(args.block_size)) // world())  # sequences of this rank
             total = torch.zeros((), dtype=torch.float64)
             for start in range(0, count, args.batch_size):
                 size = min(args.batch_size, count - start)
@@ -521,7 +527,8 @@ def main(argv=None):
         def check_complement():
             """Raise UserError where an entry outside the ticket differs, in any bit, from theta(0)."""
             nonlocal ready
-            for name, p in params.items() if masks else ():
+            for name in masks or ():
+                p = params[name]
                 differs = p.detach().view(torch.int32) != split_like(p, theta_0(name)).view(torch.int32)
                 moved = int((whole(differs) & ~whole(masks[name])).count_nonzero())
                 if moved:
@@ -580,10 +587,11 @@ def main(argv=None):
                 if any_rank(asked):
                     raise Stopped(128 + max(asked, default=0))
             if stage == "I":
-                say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones "
-                    f"{args.rho / (2 - args.rho):.2f}; " + (
-                        "the mask is stable" if streak >= args.eb_patience else
-                        f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"))
+                end = f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"
+                if streak >= args.eb_patience:
+                    end = "the mask is stable"
+                chance = args.rho / (2 - args.rho)
+                say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}; {end}")
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
                 if size != k:
                     raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")

@@ -267,6 +267,12 @@ def get(url, most, seconds=600, **arguments):
     return bytes(body)
 
 
+def headers_of(error):
+    """The headers of the answer that an exception brings along, if it brings one."""
+    response = getattr(error, "response", None)
+    return {} if response is None else response.headers  # an answer that tells of a failure is false
+
+
 def refused(error):
     """Whether an error says that a server refuses for good: asking again has no use."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -275,9 +281,9 @@ def refused(error):
 
 def pause(error, attempt):
     """Wait before the next attempt (from 1): exponential backoff with jitter, and what Retry-After asks for, capped."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    asked = headers.get("Retry-After", "0")
-    wait = random.uniform(0, 2 ** min(attempt - 1, 6)) + (float(asked) if asked.isdecimal() else 1.0)
+    wait = random.uniform(0, 2 ** min(attempt - 1, 6))
+    asked = headers_of(error).get("Retry-After", "0")  # seconds, or a date
+    wait += float(asked) if asked.isdecimal() else LONGEST_PAUSE
     time.sleep(min(wait, LONGEST_PAUSE))
 
 
@@ -310,7 +316,7 @@ def slimpajama(split, start):
             if time.monotonic() > worked + GIVE_UP:
                 raise UserError(f"SlimPajama did not come for too long, at row {row:,} of {split} ({error!r:.90}): "
                                 "check the network and run the same command again, it goes on") from None
-            if getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Code") == "TooBigContentError":
+            if headers_of(error).get("X-Error-Code") == "TooBigContentError":
                 length = max(1, length // 2)
             failures += 1
             if failures == 3:

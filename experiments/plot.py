@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-PLACES = ("out", "cache", "device", "compile", "resume", "save_every")  # settings that decide no number
+PLACES = ("out", "cache", "device", "compile", "resume", "save_every", "twin")  # settings that decide no number
 
 
 def read_run(out):
