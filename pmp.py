@@ -354,8 +354,9 @@ def main(argv=None):
     """Section 2 of the paper, from the flags to the release. argv: what was typed, a list of str.
 
     Stage I finds the ticket, the share rho of all weights with the largest gradients. Stage II starts again from
-    theta(0) and trains the ticket alone. Stage III publishes all weights and keeps the mask. Raises UserError for what
-    a user can mend, Stopped when a signal asked for the end.
+    theta(0) and trains the ticket alone. Stage III publishes all weights and keeps the mask secret.
+
+    Raises UserError for what a user can mend, Stopped when a signal asked for the end.
     """
     no_core_dumps()
     join_ranks()
@@ -371,7 +372,7 @@ def main(argv=None):
         saved = load_checkpoint(out)
         if saved and "resume" not in typed:
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or name another --out")
-        twin = None  # the checkpoint of a run that this one is to be compared with
+        twin = None  # the checkpoint of a run whose theta(0), text and settings this one takes, to be compared with it
         if "twin" in typed and not saved:
             twin = load_checkpoint(typed["twin"])
             if not twin or twin["settings"]["init"]:
@@ -412,7 +413,7 @@ def main(argv=None):
         positions = build(shape, "meta").max_positions
         if args.block_size > positions:
             raise UserError(f"--block-size {args.block_size} is more than the model's {positions} positions")
-        texts = {}  # what they must be: those of the run that goes on, or of the twin
+        texts = {}  # the identities that the texts must have: those of the run that goes on, or of the twin
         if saved:
             texts = saved["texts"]
         elif twin and not {"data", "seed", "shuffle_buffer"} & typed.keys():
@@ -532,7 +533,7 @@ def main(argv=None):
                 differs = p.detach().view(torch.int32) != split_like(p, theta_0(name)).view(torch.int32)
                 moved = int((whole(differs) & ~whole(masks[name])).count_nonzero())
                 if moved:
-                    ready = False  # such weights are not saved
+                    ready = False  # what broke is not saved now
                     raise UserError(f"{moved} entries of {name} outside the ticket have left theta(0) by update "
                                     f"{step}: mask what your optimizer does (eq. 5), or drop check_complement")
 
@@ -553,7 +554,7 @@ def main(argv=None):
         if rank() == 0:
             settings = {name: value for name, value in vars(args).items() if name != "init_seed"}
             write_json(out / "settings.json", settings, 0o600)
-        # on a CPU, compiling takes what it saves on half a million tokens
+        # on a CPU compiling pays off from half a million tokens on
         worth_it = device.type == "cuda" or args.steps * sequences * args.block_size > 5e5
         if args.compile == "on" or args.compile == "auto" and worth_it:
             example = train.read(0, min(args.batch_size, local), args.block_size).to(device)
@@ -562,7 +563,7 @@ def main(argv=None):
         ready = True  # false while an update is under way
         try:
 
-            # ---- stage I: warm up the dense model from theta(0), and choose the ticket on the way
+            # ---- stage I, EarlyBird: warm up the dense model from theta(0), and choose the ticket on the way
 
             while stage == "I" and step < args.eb_steps and streak < args.eb_patience:
                 began = time.perf_counter()
@@ -570,13 +571,13 @@ def main(argv=None):
                 ready = False
                 for name, p in params.items():
                     if args.score == "mean":
-                        last = scores.get(name, torch.zeros_like(p))
-                        scores[name] = last + (p.grad.abs() - last) / (step + 1)
+                        mean = scores.get(name, torch.zeros_like(p))
+                        scores[name] = mean + (p.grad.abs() - mean) / (step + 1)
                 candidate = topk_mask(scores or {name: p.grad for name, p in params.items()}, k)  # eq. 2
                 if masks:
                     overlap = iou(candidate, masks)  # eq. 3
-                lr = args.lr * (step + 1) / args.eb_steps  # a line up to the last step, unlike in stage II
-                norm = optimizer.step(lr, args.clip)
+                lr = args.lr * (step + 1) / args.eb_steps  # rises to --lr in a straight line
+                norm = optimizer.step(lr, args.clip)  # of all weights; then drops the gradients
                 masks = candidate
                 streak = streak + 1 if step and overlap >= args.eb_iou else 0  # eq. 4: how many steps it was stable
                 step += 1
@@ -594,6 +595,7 @@ def main(argv=None):
                 say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}; {end}")
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
                 if size != k:
+                    ready = False  # such a mask is not saved
                     raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")
                 fill(theta_0)  # of the warm-up nothing stays but the mask
                 optimizer = MaskedAdamW(params, masks, args.weight_decay)
@@ -607,7 +609,7 @@ def main(argv=None):
                 loss = gradient(step)
                 lr = learning_rate(step, args)
                 ready = False
-                norm = optimizer.step(lr, args.clip)  # eq. 5
+                norm = optimizer.step(lr, args.clip)  # eq. 5: masks the gradients, clips them, moves the ticket
                 step += 1
                 ready = True
                 seconds = time.perf_counter() - began
@@ -652,7 +654,9 @@ def main(argv=None):
             facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",
                      f"byte-level BPE of {tokenizer.size:,} tokens",
                      f"trained in {args.steps:,} updates of {sequences} sequences of {args.block_size} tokens")
-            (out / "release").mkdir(mode=0o700 if args.mask else 0o755, exist_ok=True)
+            (out / "release").mkdir(exist_ok=True)
+            if args.mask:
+                (out / "release").chmod(0o700)
             save_folder(out / "release", model, weights, tokenizer, CARD.format(facts="\n- ".join(facts)))
         say(f"\nreleased {out / 'release'}; keep {private} to yourself")
         if args.mask:
