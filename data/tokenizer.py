@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 
 import requests
@@ -66,8 +67,12 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_many(self, texts):
-        """list of str -> list of lists of ids, on all processors."""
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        """list of str -> list of lists of ids, on all processors, a share each: tiktoken needs no lock of Python."""
+        size = 1 + len(texts) // os.cpu_count()
+        shares = [texts[start:start + size] for start in range(0, len(texts), size)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            encoded = threads.map(lambda share: list(map(self.encode, share)), shares)
+            return list(chain.from_iterable(encoded))
 
     def decode(self, ids):
         """list of ids -> str; bytes that are no UTF-8 become U+FFFD."""
