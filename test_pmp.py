@@ -46,8 +46,8 @@ import torch.nn.functional as F
 import glue
 import model as model_module
 import pmp
-from common import (Stopped, UserError, command_line, fingerprint, load_safetensors, lock, save_safetensors,
-                    stop_signals, whole)
+from common import (Stopped, UserError, command_line, fingerprint, load_safetensors, lock, pick_dtype,
+                    save_safetensors, stop_signals, whole)
 from data import text as text_module, tokenizer as tokenizer_module
 from data.text import choose_held_out, documents, file_documents, prepare
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer
@@ -1807,6 +1807,43 @@ def test_help_fits_a_screen_and_names_ranges(capsys):
     for name, allowed in (("--rho", "0..1"), ("--block-size", "2.."), ("--eb-iou", "0..1")):
         assert any(name in line and allowed in line for line in lines), name
     assert max(lines, key=len)[100:] == ""
+
+
+def test_without_a_compiler_a_run_does_without_and_says_so(flags, finished, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    try:
+        run(flags, compile="on", out=tmp_path / "out")
+    finally:
+        torch.compiler.set_stance("default")
+    said = capsys.readouterr().out
+    assert "torch.compile does not work here (BackendCompilerFailed), going on without it" in said
+    assert "stage II 6/6 | eta 0:00 | tokens/s" in said
+    same_run(tmp_path / "out", finished)
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a compiler")
+def test_a_compiled_run_in_bf16_differs_by_rounding_and_keeps_the_complement(flags, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(flags, compile="on", dtype="bf16", out=out)
+    torch.compiler.reset()
+    assert "does not work" not in capsys.readouterr().out
+    inside = flat(ticket(out))
+    assert not differs(weights(out), theta_0(out))[~inside].any()
+    losses = [line["loss"] for line in log_of(out)]
+    assert losses == pytest.approx([line["loss"] for line in log_of(finished)], abs=0.05)
+    assert losses != [line["loss"] for line in log_of(finished)]
+
+
+@pytest.mark.parametrize("question", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_auto_is_bf16_where_the_processor_multiplies_in_it(question, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert pick_dtype("auto", torch.device("cpu")) == "fp32"
+    monkeypatch.setattr(torch.cpu, question, lambda: True)
+    assert pick_dtype("auto", torch.device("cpu")) == "bf16"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
