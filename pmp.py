@@ -594,12 +594,13 @@ def main(argv=None):
                 chance = args.rho / (2 - args.rho)
                 say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}; {end}")
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
+                ready = False
                 if size != k:
-                    ready = False  # such a mask is not saved
                     raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")
                 fill(theta_0)  # of the warm-up nothing stays but the mask
                 optimizer = MaskedAdamW(params, masks, args.weight_decay)
                 stage, step, scores = "II", 0, {}
+                ready = True
                 save()
 
             # ---- stage II: train the ticket alone
