@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import shutil
 import signal
 import struct
@@ -167,13 +168,12 @@ def out_of_memory(error):
 def atomic(path, mode=0o644):
     """Open `path` for binary writing so that it appears whole or not at all, also after a power cut.
 
-    Writes NAME.partial beside it, syncs, renames, syncs the folder. A link is replaced, not followed. mode: the file's
+    Writes NAME.*.partial beside it, syncs, renames, syncs the folder. A link is replaced, not followed. mode: its
     permission bits. Raises OSError with the file's name; the old file stays then.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # no other process writes the same one
     try:
-        partial.unlink(missing_ok=True)  # of a process that was killed
         with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask says
             yield file

@@ -321,6 +321,9 @@ def run_folder(out):
         if not mine:
             raise UserError(f"another process is using {out}: wait for it, or name another --out")
         try:
+            for folder in (out, private, out / "release"):
+                for file in folder.glob("*.partial"):
+                    file.unlink()  # of a process that was killed
             yield private
         finally:
             if not (private / "checkpoint.pt").exists():

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 import glue
 import model as model_module
 import pmp
-from common import (Stopped, UserError, command_line, fingerprint, load_safetensors, lock, pick_dtype,
+from common import (Stopped, UserError, atomic, command_line, fingerprint, load_safetensors, lock, pick_dtype,
                     save_safetensors, stop_signals, whole)
 from data import text as text_module, tokenizer as tokenizer_module
 from data.text import choose_held_out, documents, file_documents, prepare
@@ -1740,6 +1740,18 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_its_end_is_refused(flags, tm
 def limit_files(size=resource.RLIM_INFINITY):
     """What may be written into a file from now on, in bytes; more is an OSError, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_of_two_writers_of_one_file_each_is_whole_and_the_last_to_end_stays(tmp_path):
+    file = tmp_path / "file"
+    with atomic(file) as first:
+        first.write(b"first, begun")
+        with atomic(file) as second:
+            second.write(b"second")
+        assert file.read_bytes() == b"second"
+        first.write(b" and ended")
+    assert file.read_bytes() == b"first, begun and ended"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_full_disk_at_a_line_of_the_log_does_not_end_a_run(flags, finished, tmp_path, monkeypatch):

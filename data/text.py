@@ -102,9 +102,14 @@ def documents(data, split, start=0, rule=None):
     if data == "slimpajama":
         yield from slimpajama("train" if split == "train" else "validation", start)
         return
-    for row, text in enumerate(prose() if data == "prose" else file_documents(data)):
+    for row, text in enumerate(undivided(data)):
         if row >= start and held_out(text, rule) == (split == "held-out"):
             yield row, text
+
+
+def undivided(data):
+    """All documents of the prose, or of files."""
+    return prose() if data == "prose" else file_documents(data)
 
 
 def digest_of(text):
@@ -120,7 +125,7 @@ def choose_held_out(data):
     UserError where no document is short enough for that.
     """
     sizes, total = {}, 0  # a document's characters, those of its copies included
-    for text in prose() if data == "prose" else file_documents(data):
+    for text in undivided(data):
         digest = digest_of(text)
         sizes[digest] = sizes.get(digest, 0) + len(text)
         total += len(text)
@@ -467,11 +472,8 @@ class Tokens:
                 last = False
                 break
         order = np.random.default_rng([self.seed, state["windows"]]).permutation(len(texts))
-        def no_link(name, flags):
-            """A planted link could lead to another file."""
-            return os.open(name, flags | os.O_NOFOLLOW, 0o644)
-
-        with open(self.bin, "ab", opener=no_link) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a planted link could lead to another file
+        with open(os.open(self.bin, flags, 0o644), "ab") as file:
             file.truncate(2 * state["tokens"])  # what a killed process wrote without recording it
             for begin in range(0, len(texts), 1000):
                 ids = []
