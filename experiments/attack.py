@@ -1,0 +1,208 @@
+"""Guess the mask of a release, from public knowledge and a shadow: a run that the attacker makes with his own secret.
+
+    python pmp.py --preset tiny --data FILE --out shadow         the same shape and public text, any --seed
+    python experiments/attack.py out/release --shadow shadow     writes guess.safetensors, a file for --mask
+    python experiments/attack.py out/release --shadow shadow --mask out/private/mask.safetensors     scores itself
+
+The early-bird ticket is a function of text, architecture and a start that matters little, so a shadow knows much of it.
+The attacks, from weak to strong:
+
+    gradient      |gradient| on public text (section 5.2)
+    distance      |weight| over the spread of theta(0): training makes weights larger
+    shadow        how often the shadow's ticket has weights of the same kind, and of the same token. It never looks at
+                  the release
+    classifier    trained on the shadow, whose mask the attacker knows, over features of each weight; then applied here
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import auc, gradient
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, command_line, fingerprint, say, save_safetensors  # noqa: E402
+from data.text import CACHE, prepare  # noqa: E402
+from model import initial_value, load_folder  # noqa: E402
+from pmp import iou, load_checkpoint, load_mask, pack_mask, topk_mask, unpack_mask  # noqa: E402
+
+BATCHES = 10  # of 16 x 256 tokens of public text, for gradients
+SAMPLE = 400_000  # weights that the classifier is trained on
+TOKENS = ("embed_tokens", "lm_head", "wte")  # their rows belong to tokens, and mean the same in every run
+
+
+def kind(name):
+    """"mlp.up_proj" of "model.layers.3.mlp.up_proj.weight": what parameters of all layers have in common."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def spreads(model):
+    """{name: standard deviation of theta(0)}, which the code publishes; of gains and biases it is 0."""
+    return {name: float(initial_value(model, name, p.shape, b"public").std(correction=0))
+            for name, p in model.named_parameters()}
+
+
+def mean_gradient(model, tokens):
+    """{name: mean |gradient| over mini-batches of public text}."""
+    for p in model.parameters():
+        p.requires_grad_(True)
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for batch in range(BATCHES):
+        for name, g in gradient(model, tokens, 16 * batch).items():
+            total[name] += g.abs() / BATCHES
+    return total
+
+
+def distance(p, spread):
+    """|weight| over the spread of theta(0); a gain or bias is far where it is not the commonest value."""
+    if spread:
+        return p.abs() / spread
+    return (p != p.flatten().mode().values).float() * 10
+
+
+def shadow_scores(model, masks):
+    """{name: tensor}: the share of the ticket among the shadow's weights of this kind and layer, or of this token."""
+    scores = {}
+    for name, p in model.named_parameters():
+        share = masks[name].float().mean()
+        if any(word in name for word in TOKENS):
+            share = masks[name].float().mean(1, keepdim=True)
+        scores[name] = share.expand(p.shape).clone()
+    return scores
+
+
+def features(model, grads, counts):
+    """{name: (n, F) float32}: what is known of each of the n weights of a parameter without the mask.
+
+    grads: mean_gradient; counts: (V,), how often each token is in the public text.
+    """
+    kinds = sorted({kind(name) for name, _ in model.named_parameters()})
+    spread, found = spreads(model), {}
+    for number, (name, p) in enumerate(model.named_parameters()):
+        far = distance(p.detach(), spread[name])
+        g = (grads[name] + 1e-12).log10()
+        columns = [torch.full(p.shape, float(kinds.index(kind(name)))), torch.full(p.shape, float(number)), far, g,
+                   far * grads[name], (far + 1e-6).log()]
+        for value in (far, far.square(), (far < 0.1).float(), (far > 2.5).float(), g, grads[name]):
+            columns.append(value.mean().expand(p.shape))
+            if p.ndim > 1:
+                row, column = value.mean(1, keepdim=True), value.mean(0, keepdim=True)
+            else:
+                row, column = value, value.mean()
+            columns += [row.expand(p.shape), column.expand(p.shape)]
+        # whose rank in its row and in its tensor it has by size of weight and of gradient
+        for value in (far, g):
+            flat = value.flatten()
+            rank = torch.empty_like(flat)
+            rank[flat.argsort()] = torch.arange(len(flat)) / len(flat)
+            columns.append(rank.view(p.shape))
+            if p.ndim > 1:
+                columns.append(value.argsort(1).argsort(1) / p.size(1))
+            else:
+                columns.append(torch.zeros(p.shape))
+        token = torch.full(p.shape, -1.0)
+        if any(word in name for word in TOKENS):
+            token = (counts + 1).log()[:, None].expand(p.shape)
+        columns.append(token)
+        found[name] = torch.stack([c.flatten() for c in columns], 1).numpy()  # (n, F)
+    return found
+
+
+def train_classifier(shadows):
+    """A classifier of (features, masks) of one or more shadows: is a weight in the ticket?"""
+    rows, labels, generator = [], [], np.random.default_rng(0)
+    for known, masks in shadows:
+        whole = np.concatenate(list(known.values()))
+        inside = torch.cat([masks[name].flatten() for name in known]).numpy()
+        chosen = generator.choice(len(whole), min(len(whole), SAMPLE // len(shadows)), replace=False)
+        rows.append(whole[chosen])
+        labels.append(inside[chosen])
+    classifier = HistGradientBoostingClassifier(max_iter=300, learning_rate=0.1, max_leaf_nodes=63, random_state=0)
+    return classifier.fit(np.concatenate(rows), np.concatenate(labels))
+
+
+def attack(release, shadows, cache=CACHE):
+    """{attack: {name: score}} for a release, larger where a weight is more likely in the ticket; and the guess's size.
+
+    shadows: folders of runs of the same shape. Raises UserError where one does not fit.
+    """
+    model, tokenizer = load_folder(release)
+    params = dict(model.named_parameters())
+    spread, known, scores, k = spreads(model), [], {}, 0
+    for place in shadows:
+        saved = load_checkpoint(place)
+        if not saved or not saved["mask"] or not (Path(place) / "release").exists():
+            raise UserError(f"{place} is no finished run with a mask: make one with pmp.py")
+        shadow, _ = load_folder(Path(place) / "release")
+        masks = unpack_mask(saved["mask"], params)
+        _, tokens, _ = prepare(saved["settings"]["data"], tokenizer, 0, 0, cache)
+        ids = tokens.read(0, 1000, 256)
+        counts = torch.bincount(ids.flatten(), minlength=tokenizer.size)[:tokenizer.size].float()  # (V,)
+        known.append((features(shadow, mean_gradient(shadow, tokens), counts), masks))
+        for name, score in shadow_scores(shadow, masks).items():
+            scores.setdefault("shadow", {}).setdefault(name, torch.zeros_like(score))
+            scores["shadow"][name] += score
+        k = math.floor(saved["settings"]["rho"] * sum(p.numel() for p in params.values()))
+    grads = mean_gradient(model, tokens)
+    scores["gradient"] = grads
+    scores["distance"] = {name: distance(p.detach(), spread[name]) for name, p in params.items()}
+    classifier = train_classifier(known)
+    scores["classifier"] = {}
+    for name, rows in features(model, grads, counts).items():
+        probability = classifier.predict_proba(rows)[:, 1]
+        scores["classifier"][name] = torch.from_numpy(probability).float().view(params[name].shape)
+    return scores, k
+
+
+def save_guess(file, score, k, params):
+    """Write the k weights with the highest score as a mask file that pmp.py and glue.py take for this release."""
+    save_safetensors(file, pack_mask(topk_mask(score, k)), {"weights_sha256": fingerprint(params)}, 0o600)
+
+
+def judge(scores, masks, k):
+    """{attack: {"found", "iou", "auc", "surest"}} against the true mask.
+
+    found: the share of the ticket in the guess of its size, which is also the share of the guess that is ticket.
+    surest: the latter for the surest 30%.
+    """
+    total = sum(mask.numel() for mask in masks.values())
+    ticket = sum(int(mask.sum()) for mask in masks.values())
+    inside = torch.cat([mask.flatten() for mask in masks.values()])
+    results = {}
+    for name, score in scores.items():
+        guess, few = topk_mask(score, k), topk_mask(score, int(0.3 * total))
+        flat = torch.cat([score[key].flatten() for key in masks])
+        results[name] = {"found": sum(int((guess[key] & masks[key]).sum()) for key in masks) / ticket,
+                         "iou": iou(guess, masks), "auc": auc(flat[inside], flat[~inside]),
+                         "surest": sum(int((few[key] & masks[key]).sum()) for key in masks) / int(0.3 * total)}
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("release", type=Path)
+    parser.add_argument("--shadow", type=Path, nargs="+", required=True, metavar="OUT",
+                        help="the --out of runs of pmp.py with the release's shape and rho")
+    parser.add_argument("--mask", type=Path, help="the true mask: says how good the guesses are")
+    parser.add_argument("--guess", type=Path, default=Path("guess.safetensors"), help="where the best guess is written")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps prepared text")
+    args = parser.parse_args()
+    scores, k = attack(args.release, args.shadow, args.cache)
+    params = dict(load_folder(args.release)[0].named_parameters())
+    save_guess(args.guess, scores["classifier"], k, params)
+    say(f"the classifier's guess is in {args.guess}")
+    if args.mask:
+        total = sum(p.numel() for p in params.values())
+        say(f"attack      found   IoU     AUC     surest 30%    (a random guess finds {k / total:.0%})")
+        for name, result in judge(scores, load_mask(args.mask, params), k).items():
+            say(f"{name:<12}" + f"{result['found']:.1%}   {result['iou']:.3f}   {result['auc']:.3f}   "
+                f"{result['surest']:.1%}")
+
+
+if __name__ == "__main__":
+    command_line(main)

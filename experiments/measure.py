@@ -1,0 +1,172 @@
+"""What a run's mask does to the loss: Figure 5, Figure 6, Proposition 1 and the premise of section 3.
+
+    python experiments/measure.py OUT                      a run, with its own mask
+    python experiments/measure.py TWIN --mask-of OUT       another model with the same mask: what shows there, too,
+                                                           is not PMP's doing
+
+Prints the numbers, and with --picture draws Figures 5 and 6. Keep both to yourself: they describe the mask.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, command_line, say  # noqa: E402
+from data.text import CACHE, prepare  # noqa: E402
+from model import load_folder  # noqa: E402
+from pmp import load_checkpoint, unpack_mask  # noqa: E402
+
+ALPHAS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)  # times the norm of the weights
+STEP = 0.01  # length of the outsider's step in Proposition 1, times the norm of the weights
+BINS = np.linspace(-12, 0, 61)  # of log10 |gradient|
+
+
+def parts(tensors, masks):
+    """{"full", "ticket", "complement"}: the tensors, and the same with zeros outside the ticket or inside it."""
+    ticket = {name: t * masks[name] for name, t in tensors.items()}
+    complement = {name: t * ~masks[name] for name, t in tensors.items()}
+    return {"full": tensors, "ticket": ticket, "complement": complement}
+
+
+def norm(tensors):
+    """Euclidean norm of {name: tensor}, as one vector."""
+    return sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5
+
+
+def gradient(model, tokens, first, count=16, block_size=256):
+    """{name: gradient} in fp32 of the loss on `count` blocks of a text."""
+    idx = tokens.read(first, count, block_size)  # (B, T)
+    model(idx, idx).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@torch.no_grad()
+def loss_beside(model, idx, direction, alphas):
+    """[loss(theta + alpha * direction) for each alpha] in fp32 on idx (B, T). The weights keep their bits."""
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = []
+    for alpha in alphas:
+        for name, p in model.named_parameters():
+            p.copy_(before[name] + alpha * direction[name])
+        losses.append(float(model(idx, idx)))
+    for name, p in model.named_parameters():
+        p.copy_(before[name])
+    return losses
+
+
+def figure_5(model, masks, idx, directions=3):
+    """{"ticket", "full", "complement": [loss at each of ALPHAS]}: the mean of random directions of the same length."""
+    size, curves = norm(dict(model.named_parameters())), {}
+    for seed in range(directions):
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+        for place, part in parts(noise, masks).items():
+            scale = size / norm(part)
+            part = {name: scale * t for name, t in part.items()}
+            curves.setdefault(place, []).append(loss_beside(model, idx, part, ALPHAS))
+    return {place: np.mean(found, axis=0).tolist() for place, found in curves.items()}
+
+
+def auc(positive, negative):
+    """P(an entry of `positive` is above one of `negative`), ties half."""
+    negative = negative.sort().values
+    below = torch.searchsorted(negative, positive).double()
+    upto = torch.searchsorted(negative, positive, right=True).double()
+    return float((below + upto).mean() / (2 * len(negative)))
+
+
+def figure_6(g, masks):
+    """How |gradient| is spread in the ticket and in the complement, and whether it tells one from the other."""
+    size = torch.cat([t.abs().flatten() for t in g.values()])
+    inside = torch.cat([masks[name].flatten() for name in g])
+    found = {"auc": auc(size[inside], size[~inside]),
+             "squared gradient in the ticket": float(size[inside].double().square().sum()
+                                                     / size.double().square().sum())}
+    for place, part in (("ticket", size[inside]), ("complement", size[~inside])):
+        found[place] = np.histogram(part[part > 0].log10(), BINS)[0].tolist()
+    return found
+
+
+def proposition_1(model, masks, task, idx, batches=5):
+    """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats.
+
+    The step of all weights has the length STEP times their norm; that of the ticket has the same rate (eq. 8). "cross"
+    is what the step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
+    """
+    size, changes = norm(dict(model.named_parameters())), {}
+    for batch in range(batches):
+        g = gradient(model, task, 16 * batch)
+        eta = STEP * size / norm(g)
+        for place, part in parts(g, masks).items():
+            before, after = loss_beside(model, idx, part, (0.0, -eta))
+            changes.setdefault(place, []).append(after - before)
+    found = {place: float(np.mean(values)) for place, values in changes.items()}
+    found["cross"] = found["full"] - found["ticket"] - found["complement"]
+    return found
+
+
+def measure(model, masks, held, task):
+    """All of it, as a dict for JSON. held, task: Tokens of the pre-training text, held out, and of another text."""
+    for p in model.parameters():
+        p.requires_grad_(True)
+    idx = held.read(0, 8, 256)
+    return {"alphas": ALPHAS, "figure 5": figure_5(model, masks, idx),
+            "figure 6": figure_6(gradient(model, held, 8), masks),
+            "proposition 1": proposition_1(model, masks, task, idx)}
+
+
+def measure_run(out, mask_of, cache=CACHE, task="prose"):
+    """Measure the run in a folder, with the mask of another run."""
+    saved, owner = load_checkpoint(out), load_checkpoint(mask_of)
+    if not saved or not owner or not owner["mask"] or not (Path(out) / "release").exists():
+        raise UserError(f"{out} is no finished run, or {mask_of} has no mask: name the --out of a run with rho < 1")
+    model, tokenizer = load_folder(Path(out) / "release")
+    masks = unpack_mask(owner["mask"], dict(model.named_parameters()))
+    held = prepare(saved["settings"]["data"], tokenizer, 0, saved["settings"]["seed"], cache)[2]
+    return measure(model, masks, held, prepare(task, tokenizer, 0, 0, cache)[1])
+
+
+def draw(found, file):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for place, colour in (("ticket", "C0"), ("full", "C3"), ("complement", "C1")):
+        left.plot(found["alphas"], found["figure 5"][place], colour, marker="o", markersize=3, label=place)
+    left.set(title="Loss along a random direction (Figure 5)", xlabel="length, times the norm of theta", ylabel="nats")
+    for place, colour in (("ticket", "C0"), ("complement", "C1")):
+        counts = np.array(found["figure 6"][place])
+        right.stairs(counts / counts.sum(), BINS, color=colour, label=place)
+    right.set(title="Gradients of held-out text (Figure 6)", xlabel="log10 |gradient|", ylabel="share", xlim=(-9, -1))
+    left.legend()
+    right.legend()
+    figure.savefig(file, dpi=130)
+    file.chmod(0o600)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="the --out of a run of pmp.py")
+    parser.add_argument("--mask-of", type=Path, help="take the mask of this run")
+    parser.add_argument("--task", default="prose", help="text of the step of Proposition 1, as pmp.py's --data")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps prepared text")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw Figures 5 and 6 there")
+    args = parser.parse_args()
+    found = measure_run(args.out, args.mask_of or args.out, args.cache, args.task)
+    if args.picture:
+        draw(found, args.picture)
+    say(json.dumps(found))
+
+
+if __name__ == "__main__":
+    command_line(main)
