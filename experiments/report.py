@@ -326,7 +326,7 @@ def measure_table(lines):
             lambda line, place=place: line["figure 5"][place][step] - line["figure 5"][place][middle])
     add("Figure 6: AUC of |gradient| for the ticket", lambda line: line["figure 6"]["auc"])
     add("premise of section 3: share of the squared gradient that lies in the ticket",
-        lambda line: line["figure 6"]["squared gradient in the ticket"])
+        lambda line: line["premise"])
     for part in ("full", "ticket", "complement", "cross"):
         add(f"Proposition 1: one step on docs adds to the pre-training loss, {part}",
             lambda line, part=part: line["proposition 1"][part])
