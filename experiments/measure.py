@@ -99,7 +99,7 @@ def premise(model, masks, held):
 
     The product of the gradients of two halves of the held-out text: the noise of mini-batches has a mean of 0 in it.
     """
-    half = min(8, held.blocks(256) // 32)  # mini-batches
+    half = min(8, held.blocks(256) // 32)  # mini-batches in each
     first, second = gradient(model, held, 0, half), gradient(model, held, 16 * half, half)
     product = {name: first[name].double() * second[name].double() for name in first}
     total = sum(float(t.sum()) for t in product.values())
@@ -142,6 +142,8 @@ def measure_run(out, mask_of, cache=CACHE, task="prose"):
     model, tokenizer = load_folder(Path(out) / "release")
     masks = unpack_mask(owner["mask"], dict(model.named_parameters()))
     held = prepare(saved["settings"]["data"], tokenizer, 0, saved["settings"]["seed"], cache)[2]
+    if held.blocks(256) < 32:
+        raise UserError(f"the text of {out} has {held.blocks(256)} held-out blocks of 256 tokens, and 32 are needed")
     return measure(model, masks, held, prepare(task, tokenizer, 0, 0, cache)[1])
 
 

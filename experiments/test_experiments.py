@@ -1,0 +1,159 @@
+"""What the study's scripts promise, on made-up text and lines. Needs scipy, scikit-learn and matplotlib, no network."""
+
+import json
+import math
+import os
+import random
+import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts
+
+import attack
+import measure
+import numpy as np
+import pytest
+import report
+import study
+import torch
+
+import pmp
+from common import UserError
+from model import LlamaConfig, build, initialise, load_folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two short runs with PMP, of the same shape and text and with other secrets, and a dense twin of the first."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in "bdklmnprst" for b in ("a", "eck", "ing", "om", "uth")]
+    texts = [" ".join(rng.choices(words, weights=range(1, 51), k=80)) for _ in range(6000)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    argv = ["--preset", "mini-untied", "--data", str(folder / "text.jsonl"), "--cache", str(folder / "cache"),
+            "--steps", "40", "--eb-steps", "5", "--block-size", "64", "--val-blocks", "4", "--device", "cpu", "--lr",
+            "3e-3"]
+    for name in ("victim", "shadow"):
+        pmp.main([*argv, "--out", str(folder / name)])
+    pmp.main(["--twin", str(folder / "victim"), "--rho", "1", "--cache", str(folder / "cache"), "--out",
+              str(folder / "dense")])
+    return folder
+
+
+def test_the_attack_finds_more_than_chance_and_its_guess_is_a_mask_file(runs, tmp_path, capsys, monkeypatch):
+    guess = tmp_path / "guess.safetensors"
+    monkeypatch.setattr(attack, "SAMPLE", 20_000)
+    monkeypatch.setattr(attack, "BATCHES", 3)
+    monkeypatch.setattr(sys, "argv", ["attack.py", str(runs / "victim/release"), "--shadow", str(runs / "shadow"),
+                                      "--mask", str(runs / "victim/private/mask.safetensors"), "--guess", str(guess),
+                                      "--cache", str(runs / "cache")])
+    attack.main()
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: float(line.split()[1].strip("%")) for line in lines[-4:]}
+    assert found["classifier"] > found["gradient"] > 70
+    assert found["shadow"] > 72
+    params = dict(load_folder(runs / "victim/release")[0].named_parameters())
+    mask = pmp.load_mask(guess, params)
+    assert sum(int(part.sum()) for part in mask.values()) == math.floor(0.7 * sum(p.numel() for p in params.values()))
+
+
+def test_a_shadow_without_a_mask_is_refused(runs):
+    with pytest.raises(UserError, match="no finished run with a mask"):
+        attack.attack(runs / "victim/release", [runs / "dense"], runs / "cache")
+
+
+def test_auc_is_the_chance_that_a_positive_is_above_a_negative():
+    positive, negative = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0])
+    assert measure.auc(positive, negative) == pytest.approx((1 + 1.5 + 2) / 6)
+
+
+def test_measuring_leaves_the_weights_and_the_parts_of_a_step_add_up(runs):
+    found = measure.measure_run(runs / "dense", runs / "victim", runs / "cache", str(runs / "text.jsonl"))
+    step = found["proposition 1"]
+    assert step["cross"] == pytest.approx(step["full"] - step["ticket"] - step["complement"])
+    middle = found["alphas"].index(0.0)
+    assert len({curve[middle] for curve in found["figure 5"].values()}) == 1  # the three lines cross at theta
+    assert len({curve[0] for curve in found["figure 5"].values()}) == 3
+    parts = measure.parts({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([True, False])})
+    assert [part["w"].tolist() for part in parts.values()] == [[1, 2], [1, 0], [0, 2]]
+    assert 0.5 < found["premise"] < 1.1
+    model = build(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=2))
+    initialise(model, b"1")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    measure.loss_beside(model, torch.randint(50, (2, 8)), before, (0.5, -0.5))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def lines_of_a_study():
+    """A study in which the outsider is 0.2 nats worse at its best rate, which is 4 for it and 8 for the others."""
+    lines, rng = [], np.random.default_rng(0)
+    for pair in range(8):
+        for model in ("pmp", "dense", "random", "matched"):
+            text = {"pmp": 5.03, "matched": 5.05}.get(model, 5.0) + 0.001 * rng.normal()
+            lines.append({"key": {"do": "train", "model": model, "length": 1, "pair": pair},
+                          "task": {"loss": 6.0, "accuracy": 10.0}, "text": {"loss": text}})
+        for arm in report.ARMS:
+            for rate in report.RATES:
+                best, extra = (4, 0.2) if arm == "outsider" else (8, 0.0)
+                for seed in (0, 1):
+                    loss = 4.5 + extra + 0.1 * math.log2(rate / best) ** 2 + 0.001 * rng.normal()
+                    rise = 0.25 * rate * (1.1 if arm == "outsider" else 1)
+                    lines.append({"key": {"do": "tune", "arm": arm, "length": 1, "pair": pair, "rate": rate,
+                                          "seed": seed}, "task": {"loss": loss, "accuracy": 20.0},
+                                  "text": {"loss": 5.0 + rise}})
+    return lines
+
+
+def test_the_verdicts_are_those_of_the_effects_that_were_put_in():
+    found = report.Study(lines_of_a_study())
+    assert found.best_rate("outsider", 0) == 4
+    assert found.best_rate("dense", 0) == 8
+    asked = report.questions(found)
+    verdicts = [ask["verdict"] for ask in asked]
+    assert len(asked) == 8
+    assert verdicts[:2] == ["holds", "holds"]  # 0.03 nats below 0.05, 0.2 above a tenth of 1.5
+    assert np.mean(asked[1]["values"]) == pytest.approx(0.2, abs=0.01)
+    assert verdicts[6:] == ["not run", "not run"]
+    assert "**holds**" in report.question_table(asked)
+    assert "+0.20" in report.describe(found)
+
+
+def test_a_pair_does_not_choose_its_own_rate():
+    lines = lines_of_a_study()
+    for line in lines:
+        if line["key"].get("arm") == "dense" and line["key"]["pair"] == 0 and line["key"]["rate"] == 1:
+            line["task"]["loss"] = -5.0
+    found = report.Study(lines)
+    assert found.best_rate("dense", 0) == 8
+    assert found.best_rate("dense", 1) == 1
+
+
+def test_equal_forgetting_is_on_the_line_between_the_two_nearest_rates():
+    found = report.Study(lines_of_a_study())
+    before = found.release("dense", 0)
+    rises = [found.tuned("dense", 0, rate, "text") - before for rate in (1, 2)]
+    losses = [found.tuned("dense", 0, rate) for rate in (1, 2)]
+    expected = np.interp(report.BUDGET, [*rises, 99], [*losses, 0])
+    assert found.at_equal_forgetting("dense", "dense", 0) == pytest.approx(expected, abs=0.01)
+
+
+def test_holm_is_the_corrected_p_of_each():
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.01, math.nan]) == [0.02, 1.0]
+
+
+def test_the_pieces_are_all_different_and_each_waits_for_its_models():
+    pieces = list(study.pieces())
+    keys = [json.dumps(piece) for piece in pieces]
+    assert len(set(keys)) == len(keys)
+    done = set()
+    while len(done) < len(keys):
+        ready = [key for piece, key in zip(pieces, keys) if key not in done and study.ready(piece, done)]
+        assert ready  # nothing waits for ever
+        done.update(ready)
+    assert not study.ready({"do": "train", "model": "dense", "length": 1, "pair": 0}, set())
+
+
+def test_a_block_of_the_report_is_replaced_and_the_rest_stays():
+    text = "a\n<!-- t -->\nold\n<!-- end of t -->\nb"
+    assert report.replace_block(text, "t", "new\nnew") == "a\n<!-- t -->\nnew\nnew\n<!-- end of t -->\nb"
