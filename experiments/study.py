@@ -10,11 +10,13 @@ task by `pmp.py --init` or glue.py, with their own flags; what this file adds is
 import argparse
 import json
 import random
+import secrets
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from measure import measure_run
 
@@ -48,7 +50,9 @@ MODELS = {  # name: what is typed after the settings that all models share
     "dense": ["--rho", "1.0"],
     "random": ["--rho", "0.7", "--ticket", "random"],
     "matched": ["--rho", "1.0", "--steps", str(STEPS * 8 // 10)],  # dense, with a higher loss than dense
+    "noisy": ["--rho", "0.7"],  # a mend of the recovery: the scores of the ticket are multiplied with secret noise
 }
+NOISE = 2.0  # standard deviation of the logarithm of that noise; that of |gradient| is about as large
 
 
 def pieces():
@@ -59,7 +63,7 @@ def pieces():
         for arm in ("outsider", "dense", "authorised", "dense in the mask", "random"):
             yield from tunings(arm, 1, pair)
     for pair in PAIRS:
-        yield {"do": "attack", "pair": pair}
+        yield {"do": "attack", "model": "pmp", "pair": pair}
         if pair < 4:
             yield {"do": "measure", "model": "pmp", "pair": pair}
             yield {"do": "measure", "model": "dense", "pair": pair}
@@ -71,6 +75,10 @@ def pieces():
     for pair in PAIRS:
         yield {"do": "train", "model": "matched", "length": 1, "pair": pair}
         yield from tunings("matched", 1, pair)
+    for pair in range(3):
+        yield {"do": "train", "model": "noisy", "length": 1, "pair": pair}
+        yield {"do": "attack", "model": "noisy", "pair": pair}
+        yield {"do": "attack", "model": "random", "pair": pair}
     for length in (3, 10):
         for pair in range(4):
             for model in ("pmp", "dense"):
@@ -147,7 +155,21 @@ def train(piece, text, out):
     else:
         argv += ["--twin", str(folder_of(out, "pmp", piece["length"], piece["pair"]))]
     torch._dynamo.reset()  # another model: what was compiled is of no use
-    pmp.main(argv + MODELS[piece["model"]])
+    topk_mask = pmp.topk_mask
+    if piece["model"] == "noisy":
+        generator, noise = np.random.default_rng(secrets.randbits(128)), {}
+
+        def noisy(scores, k):
+            for name, score in scores.items():
+                if name not in noise:
+                    noise[name] = torch.from_numpy(np.exp(NOISE * generator.standard_normal(score.shape, np.float32)))
+            return topk_mask({name: score.abs() * noise[name] for name, score in scores.items()}, k)
+
+        pmp.topk_mask = noisy
+    try:
+        pmp.main(argv + MODELS[piece["model"]])
+    finally:
+        pmp.topk_mask = topk_mask
     scores = judge(folder / "release", text, out / "cache")
     return {**scores, "weights": fingerprint(dict(load_folder(folder / "release")[0].named_parameters()))}
 
@@ -198,10 +220,12 @@ def run_attack(piece, out):
     """Guess the mask of a pair's release. The shadow is the run of another pair: another secret, another order."""
     from attack import attack, judge as judge_guess, save_guess  # scikit-learn is needed here alone
 
-    victim, shadow = (folder_of(out, "pmp", 1, pair) for pair in (piece["pair"], shadow_of(piece["pair"])))
+    victim = folder_of(out, piece["model"], 1, piece["pair"])
+    shadow = folder_of(out, piece["model"], 1, shadow_of(piece))
     scores, k = attack(victim / "release", [shadow], out / "cache")
     params = dict(load_folder(victim / "release")[0].named_parameters())
-    save_guess(guess_of(out, piece["pair"]), scores["classifier"], k, params)
+    if piece["model"] == "pmp":
+        save_guess(guess_of(out, piece["pair"]), scores["classifier"], k, params)
     return judge_guess(scores, pmp.load_mask(victim / "private" / "mask.safetensors", params), k)
 
 
@@ -209,25 +233,27 @@ def guess_of(out, pair):
     return out / "models" / f"guess-{pair}.safetensors"
 
 
-def shadow_of(pair):
-    return (pair + 1) % len(PAIRS)
+def shadow_of(piece):
+    """The pair whose run is the attacker's."""
+    return (piece["pair"] + 1) % (3 if piece["model"] == "noisy" else len(PAIRS))
 
 
 def ready(piece, done):
     """Whether the models that a piece needs are there. done: the keys that have a result."""
     needs = []
     if piece["do"] == "attack":
-        shadow = {"do": "train", "model": "pmp", "length": 1, "pair": shadow_of(piece["pair"])}
+        shadow = {"do": "train", "model": piece["model"], "length": 1, "pair": shadow_of(piece)}
         if json.dumps(shadow) not in done:
             return False
-        needs = ["pmp"]
+        needs = [piece["model"]]
     elif piece["do"] == "measure":
         needs = ["pmp", piece["model"]]
     elif piece["do"] == "train" and piece["model"] != "pmp":
         needs = ["pmp"]
     elif piece["do"] == "tune":
         needs = [name for name in ARMS[piece["arm"]] if name in MODELS]
-        if piece["arm"] == "guessed mask" and json.dumps({"do": "attack", "pair": piece["pair"]}) not in done:
+        guess = {"do": "attack", "model": "pmp", "pair": piece["pair"]}
+        if piece["arm"] == "guessed mask" and json.dumps(guess) not in done:
             return False
     elif piece["do"] == "glue":
         needs = [piece["model"]]
