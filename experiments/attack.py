@@ -14,7 +14,6 @@ The attacks, from weak to strong:
     classifier    trained on the shadow, whose mask the attacker knows, over features of each weight; then applied here
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -26,13 +25,14 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UserError, command_line, fingerprint, say, save_safetensors  # noqa: E402
+from common import Parser, UserError, command_line, fingerprint, path, save_safetensors, say  # noqa: E402
 from data.text import CACHE, prepare  # noqa: E402
 from model import initial_value, load_folder  # noqa: E402
 from pmp import iou, load_checkpoint, load_mask, pack_mask, topk_mask, unpack_mask  # noqa: E402
 
 BATCHES = 10  # of 16 x 256 tokens of public text, for gradients
 SAMPLE = 400_000  # weights that the classifier is trained on
+ORDER = 2**31  # seed of the order in which the attacker reads the public text: no run has it
 TOKENS = ("embed_tokens", "lm_head", "wte")  # their rows belong to tokens, and mean the same in every run
 
 
@@ -77,12 +77,12 @@ def shadow_scores(model, masks):
 
 
 def features(model, grads, counts):
-    """{name: (n, F) float32}: what is known of each of the n weights of a parameter without the mask.
+    """Yield (name, (n, F) float32): what is known of each of the n weights of a parameter without the mask.
 
     grads: mean_gradient; counts: (V,), how often each token is in the public text.
     """
     kinds = sorted({kind(name) for name, _ in model.named_parameters()})
-    spread, found = spreads(model), {}
+    spread = spreads(model)
     for number, (name, p) in enumerate(model.named_parameters()):
         far = distance(p.detach(), spread[name])
         g = (grads[name] + 1e-12).log10()
@@ -109,21 +109,7 @@ def features(model, grads, counts):
         if any(word in name for word in TOKENS):
             token = (counts + 1).log()[:, None].expand(p.shape)
         columns.append(token)
-        found[name] = torch.stack([c.flatten() for c in columns], 1).numpy()  # (n, F)
-    return found
-
-
-def train_classifier(shadows):
-    """A classifier of (features, masks) of one or more shadows: is a weight in the ticket?"""
-    rows, labels, generator = [], [], np.random.default_rng(0)
-    for known, masks in shadows:
-        whole = np.concatenate(list(known.values()))
-        inside = torch.cat([masks[name].flatten() for name in known]).numpy()
-        chosen = generator.choice(len(whole), min(len(whole), SAMPLE // len(shadows)), replace=False)
-        rows.append(whole[chosen])
-        labels.append(inside[chosen])
-    classifier = HistGradientBoostingClassifier(max_iter=300, learning_rate=0.1, max_leaf_nodes=63, random_state=0)
-    return classifier.fit(np.concatenate(rows), np.concatenate(labels))
+        yield name, torch.stack([c.flatten() for c in columns], 1).numpy()  # (n, F)
 
 
 def attack(release, shadows, cache=CACHE):
@@ -133,28 +119,36 @@ def attack(release, shadows, cache=CACHE):
     """
     model, tokenizer = load_folder(release)
     params = dict(model.named_parameters())
-    spread, known, scores, k = spreads(model), [], {}, 0
+    d = sum(p.numel() for p in params.values())
+    spread, generator = spreads(model), np.random.default_rng(0)
+    scores = {"shadow": {name: torch.zeros(p.shape) for name, p in params.items()}}
+    rows, labels = [], []  # (n, F) features of a sample of the shadows' weights; (n,) whether they are in the ticket
     for place in shadows:
         saved = load_checkpoint(place)
         if not saved or not saved["mask"] or not (Path(place) / "release").exists():
             raise UserError(f"{place} is no finished run with a mask: make one with pmp.py")
-        shadow, _ = load_folder(Path(place) / "release")
+        shadow, its_tokenizer = load_folder(Path(place) / "release")
+        if its_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{place} has another tokenizer than {release}: train it on the same text")
         masks = unpack_mask(saved["mask"], params)
-        _, tokens, _ = prepare(saved["settings"]["data"], tokenizer, 0, 0, cache)
+        k = math.floor(saved["settings"]["rho"] * d)
+        tokens = prepare(saved["settings"]["data"], tokenizer, 0, ORDER, cache)[1]
         ids = tokens.read(0, 1000, 256)
         counts = torch.bincount(ids.flatten(), minlength=tokenizer.size)[:tokenizer.size].float()  # (V,)
-        known.append((features(shadow, mean_gradient(shadow, tokens), counts), masks))
         for name, score in shadow_scores(shadow, masks).items():
-            scores.setdefault("shadow", {}).setdefault(name, torch.zeros_like(score))
             scores["shadow"][name] += score
-        k = math.floor(saved["settings"]["rho"] * sum(p.numel() for p in params.values()))
-    grads = mean_gradient(model, tokens)
-    scores["gradient"] = grads
+        for name, known in features(shadow, mean_gradient(shadow, tokens), counts):
+            share = len(known) / d / len(shadows)
+            chosen = generator.choice(len(known), min(len(known), math.ceil(SAMPLE * share)), replace=False)
+            rows.append(known[chosen])
+            labels.append(masks[name].flatten().numpy()[chosen])
+    classifier = HistGradientBoostingClassifier(max_iter=300, learning_rate=0.1, max_leaf_nodes=63, random_state=0)
+    classifier.fit(np.concatenate(rows), np.concatenate(labels))
+    scores["gradient"] = mean_gradient(model, tokens)
     scores["distance"] = {name: distance(p.detach(), spread[name]) for name, p in params.items()}
-    classifier = train_classifier(known)
     scores["classifier"] = {}
-    for name, rows in features(model, grads, counts).items():
-        probability = classifier.predict_proba(rows)[:, 1]
+    for name, known in features(model, scores["gradient"], counts):
+        probability = classifier.predict_proba(known)[:, 1]
         scores["classifier"][name] = torch.from_numpy(probability).float().view(params[name].shape)
     return scores, k
 
@@ -184,13 +178,14 @@ def judge(scores, masks, k):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("release", type=Path)
-    parser.add_argument("--shadow", type=Path, nargs="+", required=True, metavar="OUT",
-                        help="the --out of runs of pmp.py with the release's shape and rho")
-    parser.add_argument("--mask", type=Path, help="the true mask: says how good the guesses are")
-    parser.add_argument("--guess", type=Path, default=Path("guess.safetensors"), help="where the best guess is written")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps prepared text")
+    parser = Parser("Guess the mask of a release, from public knowledge and a run of your own.")
+    parser.add_argument("release", type=path)
+    parser.add_argument("--shadow", type=path, nargs="+", required=True, metavar="OUT",
+                        help="the --out of runs of pmp.py with the release's shape, text and rho")
+    parser.add_argument("--mask", type=path, help="the true mask: says how good the guesses are")
+    parser.add_argument("--guess", type=path, default="guess.safetensors",
+                        help="where the best guess is written [guess.safetensors]")
+    parser.add_argument("--cache", type=path, default=CACHE, help="folder that keeps prepared text")
     args = parser.parse_args()
     scores, k = attack(args.release, args.shadow, args.cache)
     params = dict(load_folder(args.release)[0].named_parameters())

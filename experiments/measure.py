@@ -7,7 +7,6 @@
 Prints the numbers, and with --picture draws Figures 5 and 6. Keep both to yourself: they describe the mask.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UserError, command_line, say  # noqa: E402
+from common import Parser, UserError, command_line, path, say  # noqa: E402
 from data.text import CACHE, prepare  # noqa: E402
 from model import load_folder  # noqa: E402
 from pmp import load_checkpoint, unpack_mask  # noqa: E402
@@ -107,20 +106,26 @@ def premise(model, masks, held):
 
 
 def proposition_1(model, masks, task, idx, batches=5):
-    """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats.
+    """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats, by the terms of eq. 8.
 
-    The step of all weights has the length STEP times their norm; that of the ticket has the same rate (eq. 8). "cross"
-    is what the step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
+    {"slope", "curvature": {"full", "ticket", "complement", "cross"}}: the part that changes its sign with the step, and
+    the rest. The step of all weights has the length STEP times their norm, and the others its rate. "cross" is what the
+    step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
     """
-    size, changes = norm(dict(model.named_parameters())), {}
+    size = norm(dict(model.named_parameters()))
+    slope, curvature = {}, {}
     for batch in range(batches):
         g = gradient(model, task, 16 * batch)
         eta = STEP * size / norm(g)
         for place, part in parts(g, masks).items():
-            before, after = loss_beside(model, idx, part, (0.0, -eta))
-            changes.setdefault(place, []).append(after - before)
-    found = {place: float(np.mean(values)) for place, values in changes.items()}
-    found["cross"] = found["full"] - found["ticket"] - found["complement"]
+            after, before, opposite = loss_beside(model, idx, part, (-eta, 0.0, eta))
+            slope.setdefault(place, []).append((after - opposite) / 2)
+            curvature.setdefault(place, []).append((after + opposite) / 2 - before)
+    found = {}
+    for term, values in (("slope", slope), ("curvature", curvature)):
+        means = {place: float(np.mean(value)) for place, value in values.items()}
+        means["cross"] = means["full"] - means["ticket"] - means["complement"]
+        found[term] = means
     return found
 
 
@@ -168,16 +173,16 @@ def draw(found, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, help="the --out of a run of pmp.py")
-    parser.add_argument("--mask-of", type=Path, help="take the mask of this run")
-    parser.add_argument("--task", default="prose", help="text of the step of Proposition 1, as pmp.py's --data")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps prepared text")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw Figures 5 and 6 there")
+    parser = Parser("Figures 5 and 6, Proposition 1 and the premise of section 3, of a run and a mask.")
+    parser.add_argument("out", type=path, help="the --out of a run of pmp.py")
+    parser.add_argument("--mask-of", type=path, help="take the mask of this run [OUT]")
+    parser.add_argument("--task", default="prose", help="text of the step of Proposition 1, as pmp.py's --data [prose]")
+    parser.add_argument("--cache", type=path, default=CACHE, help="folder that keeps prepared text")
+    parser.add_argument("--picture", type=path, metavar="FILE", help="draw Figures 5 and 6 there")
     args = parser.parse_args()
     found = measure_run(args.out, args.mask_of or args.out, args.cache, args.task)
     if args.picture:
-        draw(found, args.picture)
+        draw(found, Path(args.picture))
     say(json.dumps(found))
 
 
