@@ -387,22 +387,29 @@ def draw_figure_2(study, file):
 
 
 def draw_rates(study, file):
-    """Task loss against the rate (Figure 4, middle), and against forgetting (question 3)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    """The task loss beside the dense model's at equal rates (Figure 4, middle), and against forgetting (question 3)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for number, arm in enumerate(("dense", "outsider", "authorised", "guessed mask", "random")):
-        pairs = study.pairs(arm)
-        losses = np.array([[study.tuned(arm, pair, rate) for rate in RATES] for pair in pairs])
+        pairs = study.pairs(arm, "dense")
         if not pairs:
             continue
+        losses = np.array([[study.tuned(arm, pair, rate) for rate in RATES] for pair in pairs])  # (pairs, rates)
+        dense = np.array([[study.tuned("dense", pair, rate) for rate in RATES] for pair in pairs])
         rises = np.array([[study.rise(arm, pair, rate) for rate in RATES] for pair in pairs])
-        half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(losses)
-        left.errorbar(RATES, losses.mean(0), half, color=f"C{number}", marker="o", markersize=4, capsize=2)
+        if arm != "dense":
+            half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(losses - dense)
+            apart = np.array(RATES) * 1.04 ** (number - 2)  # so that no interval hides another
+            middle = (losses - dense).mean(0)
+            left.errorbar(apart, middle, half, color=f"C{number}", marker="o", markersize=4, capsize=2)
         right.plot(rises.mean(0), losses.mean(0), color=f"C{number}", marker="o", markersize=4, label=arm)
-    left.set(title="Figure 4 (middle) by loss", xscale="log", xlabel="rate, times glue.py's", ylabel="task loss, nats")
+    left.axhline(0, color="C0", linewidth=1)
+    left.set(title="task loss minus the dense model's (Figure 4, middle)", xscale="log", ylabel="nats, 95%",
+             xlabel="rate, times glue.py's")
     left.set_xticks(RATES, [str(rate) for rate in RATES])
     left.minorticks_off()
     right.axvline(BUDGET, color="grey", linestyle=":", linewidth=1)
-    right.set(title="what it costs: lower left is better", xlabel="rise of the pre-training loss, nats")
+    right.set(title="what tuning costs: lower left is better", ylabel="task loss, nats",
+              xlabel="rise of the pre-training loss, nats")
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
