@@ -84,27 +84,16 @@ def features(model, grads, counts):
     kinds = sorted({kind(name) for name, _ in model.named_parameters()})
     spread = spreads(model)
     for number, (name, p) in enumerate(model.named_parameters()):
-        far = distance(p.detach(), spread[name])
-        g = (grads[name] + 1e-12).log10()
-        columns = [torch.full(p.shape, float(kinds.index(kind(name)))), torch.full(p.shape, float(number)), far, g,
-                   far * grads[name], (far + 1e-6).log()]
-        for value in (far, far.square(), (far < 0.1).float(), (far > 2.5).float(), g, grads[name]):
+        far, g = distance(p.detach(), spread[name]), (grads[name] + 1e-12).log10()
+        columns = [torch.full(p.shape, float(kinds.index(kind(name)))), torch.full(p.shape, float(number)), far, g]
+        for value in (far, (far < 0.1).float(), (far > 2.5).float(), g):  # what is usual in its tensor, row, column
             columns.append(value.mean().expand(p.shape))
-            if p.ndim > 1:
-                row, column = value.mean(1, keepdim=True), value.mean(0, keepdim=True)
-            else:
-                row, column = value, value.mean()
-            columns += [row.expand(p.shape), column.expand(p.shape)]
-        # whose rank in its row and in its tensor it has by size of weight and of gradient
-        for value in (far, g):
-            flat = value.flatten()
-            rank = torch.empty_like(flat)
-            rank[flat.argsort()] = torch.arange(len(flat)) / len(flat)
-            columns.append(rank.view(p.shape))
-            if p.ndim > 1:
-                columns.append(value.argsort(1).argsort(1) / p.size(1))
-            else:
+            for dim in range(p.ndim):
+                columns.append(value.mean(dim, keepdim=True).expand(p.shape))
+            if p.ndim == 1:
                 columns.append(torch.zeros(p.shape))
+        for value in (far, g):  # its place in its row
+            columns.append(value.argsort(-1).argsort(-1) / p.size(-1))
         token = torch.full(p.shape, -1.0)
         if any(word in name for word in TOKENS):
             token = (counts + 1).log()[:, None].expand(p.shape)
