@@ -422,7 +422,7 @@ def replace_block(text, name, content):
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UserError(f"the document has no place for {name}: put {begin.strip()} and {end} there, a line each")
-    return text.split(begin)[0] + begin + content + "\n" + end + text.split(end)[1]
+    return text.split(begin)[0] + begin + "\n" + content + "\n\n" + end + text.split(end)[1]
 
 
 def main():

@@ -203,7 +203,9 @@ def test_the_pieces_are_all_different_and_each_waits_for_its_models():
 
 
 def test_a_block_of_the_report_is_replaced_and_the_rest_stays():
-    text = "a\n<!-- t -->\nold\n<!-- end of t -->\nb"
-    assert report.replace_block(text, "t", "new\nnew") == "a\n<!-- t -->\nnew\nnew\n<!-- end of t -->\nb"
+    text = "a\n<!-- t -->\n\nold\n\n<!-- end of t -->\nb"
+    new = report.replace_block(text, "t", "new\nnew")
+    assert new == "a\n<!-- t -->\n\nnew\nnew\n\n<!-- end of t -->\nb"
+    assert report.replace_block(new, "t", "old") == text
     with pytest.raises(UserError, match="no place for u"):
         report.replace_block(text, "u", "new")
