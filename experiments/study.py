@@ -86,13 +86,13 @@ def pieces():
         for model, mask in (("dense", False), ("pmp", False), ("pmp", True)):
             for task in ("cola", "rte", "sst2"):
                 yield {"do": "glue", "model": model, "mask": mask, "task": task, "pair": pair}
-    for pair in PAIRS:
-        yield trained("matched", pair)
-        yield from tunings("matched", pair)
     for pair in range(3):
         yield trained("noisy", pair)
         yield {"do": "attack", "model": "noisy", "pair": pair}
         yield {"do": "attack", "model": "random", "pair": pair}
+    for pair in PAIRS:
+        yield trained("matched", pair)
+        yield from tunings("matched", pair)
     for length in (3, 10):
         for pair in range(4):
             for model in ("pmp", "dense"):
