@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts
@@ -209,3 +210,12 @@ def test_a_block_of_the_report_is_replaced_and_the_rest_stays():
     assert report.replace_block(new, "t", "old") == text
     with pytest.raises(UserError, match="no place for u"):
         report.replace_block(text, "u", "new")
+
+
+def test_the_document_has_the_tables_of_its_lines(tmp_path, monkeypatch):
+    shutil.copytree(report.HERE / "results" / "study", tmp_path / "study")
+    shutil.copy(report.HERE / "README.md", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "study"), "--readme",
+                                      str(tmp_path / "README.md")])
+    report.main()
+    assert (tmp_path / "README.md").read_text() == (report.HERE / "README.md").read_text()
