@@ -691,13 +691,17 @@ def read_results(file):
 
 
 def append_result(file, result):
-    """Add a line, also behind one that a killed process left half written."""
-    with open(file, "a+b") as results:
-        end = results.seek(0, os.SEEK_END)
-        results.seek(max(0, end - 1))
-        if results.read() not in (b"", b"\n"):
-            results.write(b"\n")
-        results.write(json.dumps(result).encode() + b"\n")
+    """Add a line, also behind one that a killed process left half written. Raises OSError with the file's name."""
+    try:
+        with open(file, "a+b") as results:
+            end = results.seek(0, os.SEEK_END)
+            results.seek(max(0, end - 1))
+            if results.read() not in (b"", b"\n"):
+                results.write(b"\n")
+            results.write(json.dumps(result).encode() + b"\n")
+    except OSError as error:
+        error.filename = str(file)  # a write's error does not say where
+        raise
 
 
 DECIDING = ("lr", "epochs", "batch_size", "weight_decay", "clip", "max_length", "limit", "lora_rank", "lora_alpha",

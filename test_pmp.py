@@ -1754,6 +1754,19 @@ def test_of_two_writers_of_one_file_each_is_whole_and_the_last_to_end_stays(tmp_
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_result_that_a_full_disk_cuts_names_its_file_and_the_next_one_is_whole(tmp_path):
+    file, result = tmp_path / "glue.jsonl", {"task": "x" * 300}
+    limit_files(100)
+    try:
+        with pytest.raises(OSError) as caught:
+            glue.append_result(file, result)
+    finally:
+        limit_files()
+    assert caught.value.filename == str(file)  # so that command_line says it in one sentence
+    glue.append_result(file, result)
+    assert json.loads(file.read_bytes().splitlines()[-1]) == result
+
+
 def test_a_full_disk_at_a_line_of_the_log_does_not_end_a_run(flags, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     on_call(monkeypatch, "pmp.learning_rate", 2, lambda: limit_files(300))
