@@ -291,6 +291,11 @@ def unpack_mask(packed, params):
     return masks
 
 
+def save_mask(file, masks, params):
+    """Write masks (whole, on the CPU) to a file that belongs to the release with these weights, for its owner alone."""
+    save_safetensors(file, pack_mask(masks), {"weights_sha256": fingerprint(params)}, 0o600)
+
+
 def load_mask(file, params):
     """The mask in the file of a run. Raises UserError for a damaged file, or the mask of another release."""
     packed, metadata = load_safetensors(file)
@@ -652,8 +657,7 @@ def main(argv=None):
         weights, masks = gather(params), gather(masks or {})
         if rank() == 0:
             if masks:
-                metadata = {"weights_sha256": fingerprint(weights)}
-                save_safetensors(private / "mask.safetensors", pack_mask(masks), metadata, 0o600)
+                save_mask(private / "mask.safetensors", masks, weights)
             # the card must not tell how the model was trained: none of this depends on rho or the mask
             facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",
                      f"byte-level BPE of {tokenizer.size:,} tokens",

@@ -25,10 +25,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Parser, UserError, command_line, fingerprint, path, save_safetensors, say  # noqa: E402
+from common import Parser, UserError, command_line, path, say  # noqa: E402
 from data.text import CACHE, prepare  # noqa: E402
 from model import initial_value, load_folder  # noqa: E402
-from pmp import iou, load_checkpoint, load_mask, pack_mask, topk_mask, unpack_mask  # noqa: E402
+from pmp import iou, load_checkpoint, load_mask, save_mask, topk_mask, unpack_mask  # noqa: E402
 
 BATCHES = 10  # of 16 x 256 tokens of public text, for gradients
 SAMPLE = 400_000  # weights that the classifier is trained on
@@ -49,8 +49,6 @@ def spreads(model):
 
 def mean_gradient(model, tokens):
     """{name: mean |gradient| over mini-batches of public text}."""
-    for p in model.parameters():
-        p.requires_grad_(True)
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for batch in range(BATCHES):
         for name, g in gradient(model, tokens, 16 * batch).items():
@@ -65,24 +63,23 @@ def distance(p, spread):
     return (p != p.flatten().mode().values).float() * 10
 
 
-def shadow_scores(model, masks):
+def shadow_scores(masks):
     """{name: tensor}: the share of the ticket among the shadow's weights of this kind and layer, or of this token."""
     scores = {}
-    for name, p in model.named_parameters():
-        share = masks[name].float().mean()
+    for name, mask in masks.items():
+        share = mask.float().mean()
         if any(word in name for word in TOKENS):
-            share = masks[name].float().mean(1, keepdim=True)
-        scores[name] = share.expand(p.shape).clone()
+            share = mask.float().mean(1, keepdim=True)
+        scores[name] = share.expand(mask.shape)
     return scores
 
 
-def features(model, grads, counts):
+def features(model, spread, grads, counts):
     """Yield (name, (n, F) float32): what is known of each of the n weights of a parameter without the mask.
 
-    grads: mean_gradient; counts: (V,), how often each token is in the public text.
+    spread: of spreads(); grads: of mean_gradient(); counts: (V,), how often each token is in the public text.
     """
     kinds = sorted({kind(name) for name, _ in model.named_parameters()})
-    spread = spreads(model)
     for number, (name, p) in enumerate(model.named_parameters()):
         far, g = distance(p.detach(), spread[name]), (grads[name] + 1e-12).log10()
         columns = [torch.full(p.shape, float(kinds.index(kind(name)))), torch.full(p.shape, float(number)), far, g]
@@ -101,12 +98,11 @@ def features(model, grads, counts):
         yield name, torch.stack([c.flatten() for c in columns], 1).numpy()  # (n, F)
 
 
-def attack(release, shadows, cache=CACHE):
+def attack(model, tokenizer, shadows, cache=CACHE):
     """{attack: {name: score}} for a release, larger where a weight is more likely in the ticket; and the guess's size.
 
     shadows: folders of runs of the same shape. Raises UserError where one does not fit.
     """
-    model, tokenizer = load_folder(release)
     params = dict(model.named_parameters())
     d = sum(p.numel() for p in params.values())
     spread, generator = spreads(model), np.random.default_rng(0)
@@ -118,15 +114,15 @@ def attack(release, shadows, cache=CACHE):
             raise UserError(f"{place} is no finished run with a mask: make one with pmp.py")
         shadow, its_tokenizer = load_folder(Path(place) / "release")
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{place} has another tokenizer than {release}: train it on the same text")
+            raise UserError(f"{place} has another tokenizer than the release: train it on the same text")
         masks = unpack_mask(saved["mask"], params)
         k = math.floor(saved["settings"]["rho"] * d)
         tokens = prepare(saved["settings"]["data"], tokenizer, 0, ORDER, cache)[1]
         ids = tokens.read(0, 1000, 256)
         counts = torch.bincount(ids.flatten(), minlength=tokenizer.size)[:tokenizer.size].float()  # (V,)
-        for name, score in shadow_scores(shadow, masks).items():
+        for name, score in shadow_scores(masks).items():
             scores["shadow"][name] += score
-        for name, known in features(shadow, mean_gradient(shadow, tokens), counts):
+        for name, known in features(shadow, spread, mean_gradient(shadow, tokens), counts):
             share = len(known) / d / len(shadows)
             chosen = generator.choice(len(known), min(len(known), math.ceil(SAMPLE * share)), replace=False)
             rows.append(known[chosen])
@@ -136,15 +132,10 @@ def attack(release, shadows, cache=CACHE):
     scores["gradient"] = mean_gradient(model, tokens)
     scores["distance"] = {name: distance(p.detach(), spread[name]) for name, p in params.items()}
     scores["classifier"] = {}
-    for name, known in features(model, scores["gradient"], counts):
+    for name, known in features(model, spread, scores["gradient"], counts):
         probability = classifier.predict_proba(known)[:, 1]
         scores["classifier"][name] = torch.from_numpy(probability).float().view(params[name].shape)
     return scores, k
-
-
-def save_guess(file, score, k, params):
-    """Write the k weights with the highest score as a mask file that pmp.py and glue.py take for this release."""
-    save_safetensors(file, pack_mask(topk_mask(score, k)), {"weights_sha256": fingerprint(params)}, 0o600)
 
 
 def judge(scores, masks, k):
@@ -176,9 +167,10 @@ def main():
                         help="where the best guess is written [guess.safetensors]")
     parser.add_argument("--cache", type=path, default=CACHE, help="folder that keeps prepared text")
     args = parser.parse_args()
-    scores, k = attack(args.release, args.shadow, args.cache)
-    params = dict(load_folder(args.release)[0].named_parameters())
-    save_guess(args.guess, scores["classifier"], k, params)
+    model, tokenizer = load_folder(args.release)
+    scores, k = attack(model, tokenizer, args.shadow, args.cache)
+    params = dict(model.named_parameters())
+    save_mask(args.guess, topk_mask(scores["classifier"], k), params)
     say(f"the classifier's guess is in {args.guess}")
     if args.mask:
         total = sum(p.numel() for p in params.values())

@@ -131,8 +131,6 @@ def proposition_1(model, masks, task, idx, batches=5):
 
 def measure(model, masks, held, task):
     """All of it, as a dict for JSON. held, task: Tokens of the pre-training text, held out, and of another text."""
-    for p in model.parameters():
-        p.requires_grad_(True)
     idx = held.read(0, 8, 256)
     return {"alphas": ALPHAS, "figure 5": figure_5(model, masks, idx),
             "figure 6": figure_6(gradient(model, held, 8), masks), "premise": premise(model, masks, held),

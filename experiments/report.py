@@ -71,9 +71,9 @@ class Study:
         others = [other for other in self.pairs(arm, length=length) if other != pair]
         return min(RATES, key=lambda rate: np.mean([self.tuned(arm, other, rate, length=length) for other in others]))
 
-    def at_best(self, arm, pair, what="task", score="loss", length=1):
-        """A tuned model's score at its arm's own best rate."""
-        return self.tuned(arm, pair, self.best_rate(arm, pair, length), what, score, length)
+    def at_best(self, arm, pair, score="loss", length=1):
+        """A tuned model's score on the task at its arm's own best rate."""
+        return self.tuned(arm, pair, self.best_rate(arm, pair, length), "task", score, length)
 
     def rise(self, arm, pair, rate):
         """How much of the pre-training text a tuned model has forgotten, in nats."""
@@ -333,7 +333,9 @@ def attack_table(attacks):
     masks = {"pmp": "early-bird ticket", "noisy": "ticket with secret noise", "random": "random mask"}
     for model, mask in masks.items():
         lines = attacks.get(model, [])
-        for name in ("gradient", "distance", "shadow", "classifier") if len(lines) > 1 else ():
+        if len(lines) < 2:
+            continue
+        for name in ("gradient", "distance", "shadow", "classifier"):
             cells = []
             for score in ("found", "surest", "iou", "auc"):
                 middle, half = interval([line[name][score] for line in lines])

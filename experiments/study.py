@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import glue  # noqa: E402
 import pmp  # noqa: E402
-from attack import attack, judge as judge_guess, save_guess  # noqa: E402
+from attack import attack, judge as judge_guess  # noqa: E402
 from common import (Parser, UserError, atomic, autocast, command_line, fingerprint, lock, path, pick_dtype,  # noqa: E402
-                    save_safetensors, say)
+                    say)
 from data.text import documents, prepare, undivided  # noqa: E402
 from measure import measure_run  # noqa: E402
 from model import load_folder  # noqa: E402
@@ -242,8 +242,7 @@ def tune(piece, text, out, place):
         argv += ["--mask", str(mask_of(out, pair, length))]
     elif mask:  # a mask's file belongs to one release: make one for this release
         masks = pmp.load_mask(mask_of(out, pair, length), parameters(folder_of(out, "pmp", pair, length) / "release"))
-        metadata = {"weights_sha256": fingerprint(parameters(release))}
-        save_safetensors(place / "mask", pmp.pack_mask(masks), metadata, 0o600)
+        pmp.save_mask(place / "mask", masks, parameters(release))
         argv += ["--mask", str(place / "mask")]
     pmp.main(argv)
     return judge(place / "tuned" / "release", text, out / "cache")
@@ -252,10 +251,11 @@ def tune(piece, text, out, place):
 def run_attack(piece, out):
     """Guess the mask of a release with the shadow of another pair. Returns how much of it was found."""
     victim = folder_of(out, piece["model"], piece["pair"])
-    scores, k = attack(victim / "release", [folder_of(out, piece["model"], shadow_of(piece))], out / "cache")
-    params = parameters(victim / "release")
+    model, tokenizer = load_folder(victim / "release")
+    scores, k = attack(model, tokenizer, [folder_of(out, piece["model"], shadow_of(piece))], out / "cache")
+    params = dict(model.named_parameters())
     if piece["model"] == "pmp":
-        save_guess(guess_of(out, piece["pair"]), scores["classifier"], k, params)
+        pmp.save_mask(guess_of(out, piece["pair"]), pmp.topk_mask(scores["classifier"], k), params)
     return judge_guess(scores, pmp.load_mask(victim / "private" / "mask.safetensors", params), k)
 
 

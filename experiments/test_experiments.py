@@ -59,7 +59,7 @@ def test_the_attack_finds_more_than_chance_and_its_guess_is_a_mask_file(runs, tm
 
 def test_a_shadow_without_a_mask_is_refused(runs):
     with pytest.raises(UserError, match="no finished run with a mask"):
-        attack.attack(runs / "victim/release", [runs / "dense"], runs / "cache")
+        attack.attack(*load_folder(runs / "victim/release"), [runs / "dense"], runs / "cache")
 
 
 def test_auc_is_the_chance_that_a_positive_is_above_a_negative():
