@@ -23,6 +23,7 @@ from glue import PAPER, PAPER_COLUMNS, read_results as read_glue  # noqa: E402
 from study import ARMS, PAIRS, RATES, read_results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+LENGTHS, LONG_PAIRS = (1, 3, 10), range(4)  # tokens a parameter, and the pairs of question 8
 BUDGET = 0.5  # nats that the pre-training loss may rise in question 3
 
 # ---- what was measured ----------------------------------------------------------------------------------------------
@@ -142,10 +143,10 @@ def questions(study):
     for pair in both:
         forgetting.append(study.at_equal_forgetting("outsider", pair) - study.at_equal_forgetting("dense", pair))
         forgotten.append(math.log(study.rise("outsider", pair, 4) / study.rise("dense", pair, 4)))
-    gaps = [study.gap("outsider", "dense", length) for length in (1, 3, 10)]
-    if all(len(gap) >= 4 for gap in gaps):
-        for pair in range(4):
-            slopes.append(float(np.polyfit(np.log10([1, 3, 10]), [gap[pair] for gap in gaps], 1)[0]))
+    gaps = [study.gap("outsider", "dense", length) for length in LENGTHS]
+    if all(len(gap) >= len(LONG_PAIRS) for gap in gaps):
+        for pair in LONG_PAIRS:
+            slopes.append(float(np.polyfit(np.log10(LENGTHS), [gap[pair] for gap in gaps], 1)[0]))
     attacks = study.attacks.get("pmp", [])
     line = f"the shadow alone {interval([attack['shadow']['found'] for attack in attacks])[0]:.2f}"
     shares = paper_shares()
@@ -208,12 +209,12 @@ def question_table(asked):
 # ---- what is described, without a verdict ---------------------------------------------------------------------------
 
 
-def said(values, digits=3):
-    """"+0.104 ±0.023 (8)" of values by pair."""
+def said(values, digits=3, sign="+"):
+    """"+0.104 ±0.023 (8)" of values by pair; sign="-" writes no plus."""
     if len(values) < 2:
         return "not run"
     middle, half = interval(values)
-    return f"{middle:+.{digits}f} ±{half:.{digits}f} ({len(values)})"
+    return f"{middle:{sign}.{digits}f} ±{half:.{digits}f} ({len(values)})"
 
 
 def describe(study):
@@ -249,14 +250,26 @@ def describe(study):
     add("Accuracy on docs, dense − outsider, each at its own best rate",
         [study.at_best("dense", pair, score="accuracy") - study.at_best("outsider", pair, score="accuracy")
          for pair in both], "points", 2)
-    for length in (3, 10):
-        pairs = study.pairs("outsider", "dense", length=length)
-        add(f"{length} tokens a parameter: held-out loss, PMP − dense",
-            [study.release("pmp", pair, length=length) - study.release("dense", pair, length=length)
-             for pair in pairs])
-        add(f"{length} tokens a parameter: question 2", study.gap("outsider", "dense", length))
-        add(f"{length} tokens a parameter: question 5", study.gap("outsider", "authorised", length))
     return "\n".join(lines)
+
+
+def length_table(study):
+    """What more training changes, in the pairs of question 8; each arm at its own best rate."""
+    columns = ("tokens a parameter", "held-out loss, dense", "question 1, PMP − dense", "gain, dense",
+               "question 2, outsider − dense", "question 5, outsider − authorised")
+    rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for length in LENGTHS:
+        pairs = [pair for pair in study.pairs("outsider", "dense", "authorised", length=length) if pair in LONG_PAIRS]
+        dense = [study.release("dense", pair, length=length) for pair in pairs]
+        lost = [study.release("pmp", pair, length=length) - loss for pair, loss in zip(pairs, dense)]
+        tuned = {}
+        for arm in ("outsider", "dense", "authorised"):
+            tuned[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
+        before = np.array([study.release("dense", pair, "task", length) for pair in pairs])
+        cells = [said(dense, sign="-"), said(lost), said(before - tuned["dense"]),
+                 said(tuned["outsider"] - tuned["dense"]), said(tuned["outsider"] - tuned["authorised"])]
+        rows.append(f"| {length} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def rate_table(study):
@@ -327,43 +340,43 @@ def table_1(lines, owners):
 
 
 def attack_table(attacks):
-    """How much of the mask each attack of attack.py finds, by the kind of mask. attacks: {model: lines}."""
-    rows = ["| mask | attack | found | surest 30% | IoU | AUC | pairs |",
-            "| --- " * 7 + "|"]
-    masks = {"pmp": "early-bird ticket", "noisy": "ticket with secret noise", "random": "random mask"}
-    for model, mask in masks.items():
-        lines = attacks.get(model, [])
-        if len(lines) < 2:
-            continue
-        for name in ("gradient", "distance", "shadow", "classifier"):
-            cells = []
-            for score in ("found", "surest", "iou", "auc"):
-                middle, half = interval([line[name][score] for line in lines])
-                cells.append(f"{middle:.3f} ±{half:.3f}")
-            rows.append(f"| {mask} | {name} | {' | '.join(cells)} | {len(lines)} |")
+    """How much of a mask each attack of attack.py finds. attacks: {model: lines}."""
+    columns = {"found": ("pmp", "found"), "surest 30%": ("pmp", "surest"), "IoU": ("pmp", "iou"), "AUC": ("pmp", "auc"),
+               "found, secret noise": ("noisy", "found"), "found, random mask": ("random", "found")}
+    rows = ["| attack | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name in ("gradient", "distance", "shadow", "classifier"):
+        cells = [said([line[name][score] for line in attacks.get(model, [])], sign="-")
+                 for model, score in columns.values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def measure_table(lines):
-    """Figure 5, 6, Proposition 1 and the premise of section 3, PMP and its dense twin in the same mask."""
-    rows = {}
-    for line in lines:
-        values = {}
-        middle, step = line["alphas"].index(0.0), line["alphas"].index(0.1)
-        for place in ("ticket", "full", "complement"):
-            curve = line["figure 5"][place]
-            values[f"Figure 5: rise of the loss at 0.1 of theta's norm, {place}"] = curve[step] - curve[middle]
-        values["Figure 6: AUC of the gradient's size, ticket against complement"] = line["figure 6"]["auc"]
-        values["Section 3: share of the squared gradient that lies in the ticket"] = line["premise"]
-        for term in ("slope", "curvature"):
-            for place, value in line["proposition 1"][term].items():
-                values[f"Proposition 1: what a step on docs adds, {term}, {place}"] = value
-        for name, value in values.items():
-            rows.setdefault(name, {}).setdefault(line["key"]["model"], []).append(value)
-    text = ["| | PMP | dense, in the same mask |", "| --- | --- | --- |"]
-    for name, row in rows.items():
-        text.append(f"| {name} | {said(row.get('pmp', []), 4)} | {said(row.get('dense', []), 4)} |")
-    return "\n".join(text)
+    """Figures 5 and 6, Proposition 1 and the premise of section 3, of PMP and its dense twin in the same mask."""
+    twins = {"PMP": [line for line in lines if line["key"]["model"] == "pmp"],
+             "dense": [line for line in lines if line["key"]["model"] == "dense"]}
+    places = ("ticket", "complement", "full", "cross")
+    rows = ["| | ticket | complement | all weights | cross term |", "| --- " * 5 + "|"]
+    for name, found in twins.items():
+        cells = []
+        for place in places[:3]:
+            values = []
+            for line in found:
+                curve = line["figure 5"][place]
+                values.append(curve[line["alphas"].index(0.1)] - curve[line["alphas"].index(0.0)])
+            cells.append(said(values))
+        rows.append(f"| Figure 5: rise of the loss, {name} | {' | '.join(cells)} | |")
+    for term in ("slope", "curvature"):
+        for name, found in twins.items():
+            cells = [said([line["proposition 1"][term][place] for line in found]) for place in places]
+            rows.append(f"| Proposition 1: {term}, {name} | {' | '.join(cells)} |")
+    rows.append("")
+    for name, found in twins.items():
+        auc = said([line["figure 6"]["auc"] for line in found], sign="-")
+        premise = said([line["premise"] for line in found], sign="-")
+        rows.append(f"- {name}: AUC of the gradient's size, ticket against complement (Figure 6), {auc}; share of the "
+                    f"squared gradient in the ticket (section 3), {premise}.")
+    return "\n".join(rows)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -443,6 +456,7 @@ def main():
     text = replace_block(text, "questions", question_table(judge(questions(study))))
     text = replace_block(text, "described", describe(study))
     text = replace_block(text, "rates", rate_table(study) + "\n\n" + equal_rate_table(study))
+    text = replace_block(text, "lengths", length_table(study))
     text = replace_block(text, "recovery", attack_table(study.attacks))
     text = replace_block(text, "measures", measure_table(study.measures))
     if (results / "glue.jsonl").exists():
