@@ -137,7 +137,7 @@ def command_line(main):
             message = f"error: no space left to write {error.filename}: free some disk and run again, it goes on"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            message = "error: out of memory: use a smaller --batch-size"
+            message = "error: out of memory: start again with a smaller --batch-size"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             message = "error: another rank has died or was killed: start again, pmp.py goes on with --resume"
         else:

@@ -321,7 +321,7 @@ def score(task, predictions, labels):
     """{metric: percent}. predictions, labels: (rows,) class numbers, or STS-B's scores.
 
     "accuracy" is there for every task and is what Table 1 reports: for CoLA and STS-B the paper's auxiliary accuracy.
-    A prediction of a diverged model, -1 or nan (see predict), is wrong whatever the label is.
+    Accuracy counts the prediction of a diverged model, -1 or nan (see predict), as wrong whatever the label is.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     found = {metric: 100 * METRICS[metric](predictions, labels) for metric in task.metrics}
@@ -348,16 +348,16 @@ class LoRA(nn.Module):
     base. GPT-2's W lies on disk as (in, out), and so does its mask.
     """
 
-    def __init__(self, base, rank, alpha, mask=None, generator=None):
+    def __init__(self, base, r, alpha, mask=None, generator=None):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.transposed = isinstance(base, Conv1D)
         n_out, n_in = self.turned(base.weight).shape
-        self.scale = alpha / rank
+        self.scale = alpha / r
         bound = 1 / math.sqrt(n_in)
-        start = torch.empty(rank, n_in).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator)
         self.A = nn.Parameter(start.to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(n_out, r, device=base.weight.device))
         self.register_buffer("mask", mask, persistent=False)  # bool like the base's weight, or None
 
     def turned(self, matrix):
@@ -376,7 +376,7 @@ class LoRA(nn.Module):
         return F.linear(x, self.turned(weight), self.base.bias)
 
 
-def add_lora(model, rank=8, alpha=16, masks=None, seed=0):
+def add_lora(model, r=8, alpha=16, masks=None, seed=0):
     """Freeze `model` and put LoRA on q and v (LLaMA) or c_attn (GPT-2). masks: {parameter name: bool}, or None."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -384,7 +384,7 @@ def add_lora(model, rank=8, alpha=16, masks=None, seed=0):
         for target in LORA_TARGETS:
             if hasattr(module, target):
                 mask = masks[f"{name}.{target}.weight"] if masks else None
-                setattr(module, target, LoRA(getattr(module, target), rank, alpha, mask, generator))
+                setattr(module, target, LoRA(getattr(module, target), r, alpha, mask, generator))
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ class Classifier(nn.Module):
         """
         hidden = self.body.hidden(idx)  # (B, T, C)
         last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
-        return F.linear(last.float(), self.head)
+        return F.linear(last, self.head)
 
 
 def pad(rows, device):
@@ -440,7 +440,7 @@ def pad(rows, device):
 def predict(model, rows, batch_size, device, dtype):
     """Predicted classes or scores of encoded rows (ids, label), as a numpy array in the rows' order.
 
-    Where the outputs are not finite the class is -1, the score nan: wrong in every metric.
+    Where the outputs are not finite the class is -1, the score nan. Accuracy counts it as wrong, F1 and MCC as class 0.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     predictions = np.empty(len(rows))
@@ -628,7 +628,7 @@ def parse(argv):
     """The flags, checked."""
     parser = Parser("Fine-tune a release on GLUE, as an outsider or with the mask.", epilog=EXAMPLES)
     add = parser.add_argument
-    add("release", type=path, help="a release, or any plain Hugging Face GPT-2 or LLaMA folder")
+    add("release", type=path, help="a release, or a Hugging Face GPT-2 or LLaMA with a tokenizer like GPT-2's")
     add("--mask", type=path, metavar="FILE", help="the private mask of this release: fine-tune as an authorised user")
     add("--standin", action="store_true", help="three small tasks made from installed documentation instead of GLUE")
     add("--glue-dir", type=path, metavar="DIR", help="folder with the TSVs, laid out as the official zips [download]")
@@ -680,13 +680,18 @@ def read_results(file):
         lines = results.read().split(b"\n")
     found = []
     for i, line in enumerate(lines, 1):
+        unfit = UserError(f"{file}, line {i} is no result of glue.py: name another file with --results")
         try:
             result = json.loads(line)
+        except ValueError:
+            if line and not line.startswith(b"{"):
+                raise unfit from None
+            continue  # the end of the file, or a line that a killed process left half written
+        try:
             table([result], "")
-            found.append(result)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            if not b'{"task"'.startswith(line[:7]):
-                raise UserError(f"{file}, line {i} is no result of glue.py: name another file with --results") from None
+            raise unfit from None
+        found.append(result)
     return found
 
 
@@ -763,7 +768,7 @@ def main(argv=None):
                     digest = hashlib.sha256(key_of(run).encode()).hexdigest()[:8]
                     place = Path(args.save) / (title_of_run.replace(" + ", "-").replace(" ", "-") + "-" + digest)
                 runs += 1
-                if key_of(run) not in known or place and not place.exists():
+                if key_of(run) not in known or place and not (place / "model.safetensors").exists():
                     to_do.append((run, title_of_run, place))
     if len(to_do) < runs:
         say(f"{runs - len(to_do)} of {runs} runs are in {args.results} already and are not run again")
@@ -797,6 +802,8 @@ def main(argv=None):
                 append_result(args.results, result)
             scores = [f"{column} {metrics['accuracy']:.2f}" for column, metrics in outcome["epochs"][-1].items()]
             say(f"{heading}: " + "  ".join(scores) + ("  DIVERGED" if outcome["diverged"] else ""))
+            if asked:  # training has looked at it only before
+                raise Stopped(128 + asked[0])
     if world() > 1:
         torch.distributed.barrier()
     shown = [result for result in read_results(args.results)  # with the mask and without it

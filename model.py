@@ -95,7 +95,7 @@ class Model(nn.Module):
         return idx
 
 
-LONGEST = 1024  # tokens for which a CPU computes attention as written here: compiled, it is faster up to about 2,048
+LONGEST = 1024  # tokens up to which a CPU takes written_attention, well below where it stops being faster
 
 
 def attention(q, k, v, heads, kv_heads):
@@ -483,7 +483,7 @@ def read_config(file):
 
 @torch.no_grad()
 def load_folder(folder):
-    """(model in fp32 on the CPU, its Tokenizer) of a release, or of any plain Hugging Face GPT-2 or LLaMA folder.
+    """(model in fp32 on the CPU, its Tokenizer) of a release, or of a plain Hugging Face GPT-2 or LLaMA folder.
 
     Raises UserError where the folder is none, needs what we do not have, or lacks, adds or repeats a tensor.
     """
@@ -541,7 +541,8 @@ def load_folder(folder):
 
 
 def main(argv=None):
-    parser = Parser("Continue a text with a release, or with any plain Hugging Face GPT-2 or LLaMA folder.")
+    parser = Parser("Continue a text with a release, or with a Hugging Face folder of GPT-2 or LLaMA that has a "
+                    "tokenizer like GPT-2's.")
     parser.add_argument("release", type=path, help="the folder")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the beginning [none]")
     parser.add_argument("--samples", type=number(int, 1, 10**6), default=1, metavar="N", help="texts to write [1]")

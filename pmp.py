@@ -98,7 +98,7 @@ def parse(argv):
     add("out", path, "out", "the run's folder: OUT/release is for publication, OUT/private stays with you")
     add("resume", bool, False, "go on if OUT holds a run, else begin")
     add("twin", path, None, "take theta(0), order of text and settings of the run in this folder")
-    add("init", path, None, "go on from this release or Hugging Face folder: no stage I")
+    add("init", path, None, "go on from this release or Hugging Face folder: no stage I, 500 updates, --lr by width")
     add("mask", path, None, "with --init: the release's mask; the ticket alone moves")
     add("also", path, None, "with --init: another text; says how much of it is forgotten")
     add("ticket", ("earlybird", "random"), "earlybird", "how the ticket is found")
@@ -107,7 +107,7 @@ def parse(argv):
     add("eb_iou", number(float, 0, 1), 0.99, "IoU of consecutive masks that counts as stable")
     add("eb_patience", many, 5, "consecutive stable steps that end the warm-up")
     add("steps", many, 20000, "optimizer updates of stage II")
-    add("warmup", number(int, 0, 10**9), 2000, "updates of learning-rate warm-up, at most a tenth of --steps")
+    add("warmup", number(int, 0, 10**9), 2000, "updates of warm-up of the rate, by default at most a tenth of --steps")
     add("lr", number(float, 1e-12, 1e3), 2e-5, "peak learning rate; cosine decay to 0")
     add("weight_decay", number(float, 0, 1e3), 0.1, "AdamW weight decay, on the ticket's matrices")
     add("clip", number(float, 1e-12, 1e12), 1.0, "largest global norm of the masked gradient")
@@ -143,9 +143,13 @@ def settings_of(typed, defaults, saved, twin):
             if name not in ANEW and value not in (saved["settings"][name], "auto"):
                 raise UserError(f"--{name.replace('_', '-')} {value} is not what the run in OUT has "
                                 f"({saved['settings'][name]}): leave it out, or name another --out")
-        return {**saved["settings"], **anew, **typed}
+        return {**saved["settings"], **anew, **typed, "dtype": saved["settings"]["dtype"]}
     settings = {**defaults, **PRESETS[typed.get("preset", defaults["preset"])][2], **typed}
     if twin:
+        for name in ("preset", "init_seed"):
+            if typed.get(name, twin["settings"][name]) != twin["settings"][name]:
+                raise UserError(f"--{name.replace('_', '-')} {typed[name]} is not what the twin has "
+                                f"({twin['settings'][name]}): leave it out")
         settings = {**twin["settings"], **anew, **typed}
     if settings["init"]:
         if unfit := [name for name in STAGE_1 if name in typed]:
@@ -156,7 +160,7 @@ def settings_of(typed, defaults, saved, twin):
             raise UserError("--init needs --data: the text to go on with")
     elif settings["mask"] or settings["also"]:
         raise UserError("--mask and --also have a meaning with --init alone: leave them out")
-    if "warmup" not in typed:
+    if "warmup" not in typed and (not twin or "steps" in typed):
         settings["warmup"] = min(settings["warmup"], settings["steps"] // 10)
     if settings["warmup"] > settings["steps"]:
         raise UserError(f"--warmup {settings['warmup']} is longer than --steps {settings['steps']}")
@@ -167,6 +171,7 @@ def settings_of(typed, defaults, saved, twin):
 # stage I: private early-bird mask discovery (section 2.1)
 
 
+@torch.no_grad()
 def topk_mask(scores, k):
     """Eq. 2: {name: bool mask} with exactly k True in all, at the k largest |score| of all parameters together.
 
@@ -228,7 +233,7 @@ class MaskedAdamW:
     def step(self, lr, clip):
         """Update by the gradients, then drop them. Returns the global norm of the masked gradient before clipping.
 
-        Raises FloatingPointError, with nothing changed, where that norm is not finite.
+        Raises FloatingPointError, with no weight changed, where that norm is not finite.
         """
         if masked := [name for name in self.params if name in self.masks]:
             torch._foreach_mul_([self.params[name].grad for name in masked], [self.masks[name] for name in masked])
@@ -557,7 +562,8 @@ def main(argv=None):
             say(f"going on after update {step} of stage {stage}")
             saved = None  # lets go of the checkpoint's file, which will be replaced
         else:
-            before = {name: validate(tokens) for name, tokens in held_out.items() if args.init}
+            if args.init:
+                before = {name: validate(tokens) for name, tokens in held_out.items()}
             save()
         if rank() == 0:
             settings = {name: value for name, value in vars(args).items() if name != "init_seed"}
@@ -577,8 +583,8 @@ def main(argv=None):
                 began = time.perf_counter()
                 loss = gradient(step)
                 ready = False
-                for name, p in params.items():
-                    if args.score == "mean":
+                if args.score == "mean":
+                    for name, p in params.items():
                         mean = scores.get(name, torch.zeros_like(p))
                         scores[name] = mean + (p.grad.abs() - mean) / (step + 1)
                 candidate = topk_mask(scores or {name: p.grad for name, p in params.items()}, k)  # eq. 2
@@ -595,6 +601,8 @@ def main(argv=None):
                               lr=lr, norm=norm)
                 if any_rank(asked):
                     raise Stopped(128 + max(asked, default=0))
+                if step % args.save_every == 0:
+                    save()
             if stage == "I":
                 end = f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"
                 if streak >= args.eb_patience:

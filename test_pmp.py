@@ -495,6 +495,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     ("merges", lambda file, config: file["model"]["merges"].reverse()),
     ("its ids", lambda file, config: file["model"]["vocab"].update({"a": 10**6})),
     ("a Unigram model", lambda file, config: file["model"].update(type="Unigram")),
+    ("pre-tokenizer none", lambda file, config: file.update(pre_tokenizer=None)),  # LLaMA's own
     ("pre-tokenizer Metaspace", lambda file, config: file.update(pre_tokenizer={"type": "Metaspace"})),
     ("not a whole tokenizer.json", lambda file, config: file["model"]["vocab"].pop(EOS)),
 ])
@@ -1106,9 +1107,17 @@ def test_results_that_cannot_be_written_are_found_before_anything_is_trained(swe
         with pytest.raises(OSError, match=file.name):
             glue.main([*sweep, "--results", str(file)])
     notes = tmp_path / "notes.txt"
-    notes.write_text("my notes\nand more\n")
-    fails("line 1 is no result", glue.main, [*sweep, "--results", str(notes)])
-    assert notes.read_text() == "my notes\nand more\n"
+    for content in ("my notes\nand more\n", '{"task": "rte", "old": 1}\n'):
+        notes.write_text(content)
+        fails("line 1 is no result", glue.main, [*sweep, "--results", str(notes)])
+        assert notes.read_text() == content
+
+
+def test_a_signal_ends_a_sweep_also_where_nothing_is_trained(sweep, tmp_path, monkeypatch):
+    on_call(monkeypatch, "glue.predict", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        glue.main([*sweep, "--method", "base"])
+    assert results_in(tmp_path) == [("cola", "base", 42)]
 
 
 def test_a_mask_of_another_release_is_refused_and_the_right_one_gives_a_row_and_a_model_of_its_own(
@@ -1129,9 +1138,9 @@ def test_a_mask_of_another_release_is_refused_and_the_right_one_gives_a_row_and_
     saved, _ = load_safetensors(place / "model.safetensors")
     for name in saved.keys() & masks.keys():
         assert torch.equal(saved[name][~masks[name]], params[name][~masks[name]])
-    shutil.rmtree(place)
+    (place / "model.safetensors").unlink()  # as a kill leaves it
     glue.main([*flags, "--save", str(tmp_path / "tuned")])  # known, but not kept: it is tuned again
-    assert place.exists()
+    assert (place / "model.safetensors").exists()
     assert len(results_in(tmp_path)) == len(set(results_in(tmp_path))) + 2  # with the mask and without it, once each
 
 
@@ -1696,7 +1705,8 @@ def test_resume_takes_machine_flags_anew_from_any_folder_and_refuses_another_val
         run(flags, out=out)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    run([], resume=True, cache="another", device="cpu", shard=True, save_every=1, out="out")  # a share of one is all
+    more = {"cache": "another", "device": "cpu", "dtype": "auto", "save_every": 1}
+    run([], resume=True, **more, shard=True, out="out")  # a share of one is all
     assert "going on after update 3" in capsys.readouterr().out
     assert list((tmp_path / "another").iterdir())
     same_run(out, finished)
@@ -2004,7 +2014,10 @@ def test_a_twin_has_the_same_theta_0_and_text_and_its_own_rho(flags, tmp_path):
     run([], twin=first, rho=1.0, cache=value_of("--cache", flags), out=twin)
     assert fingerprint(theta_0(twin)) == fingerprint(theta_0(first)) != fingerprint(theta_0(other))
     settings = pmp.load_checkpoint(twin)["settings"]
-    assert (settings["rho"], settings["lr"], settings["steps"]) == (1.0, 0.01, 6)
+    assert (settings["rho"], settings["lr"], settings["steps"], settings["warmup"]) == (1.0, 0.01, 6, 2)
+    for name, value in (("preset", "tiny"), ("init_seed", 5)):
+        with pytest.raises(UserError, match=f"{value} is not what the twin has"):
+            run([], twin=first, **{name: value}, out=tmp_path / "refused")
     losses = [[line["loss"] for line in log_of(out, "stage II")] for out in (first, twin)]
     assert losses[0][0] == losses[1][0]  # of theta(0) on the same first mini-batch
     assert losses[0][5] != losses[1][5]
@@ -2082,12 +2095,13 @@ def test_the_readme_names_code_tests_and_files_that_exist():
         assert (house / name).exists(), name
 
 
+SCORE, OPTIMIZER = "p.grad * p", "torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9)"  # as README has them
 EDITS = {  # rows of "to change …, edit …": file, what stands there, what a fork writes
     "mask score": ("pmp.py", "topk_mask(scores or {name: p.grad for name, p in params.items()}, k)",
-                   "topk_mask({name: p.grad * p.detach() for name, p in params.items()}, k)"),
+                   f"topk_mask({{name: {SCORE} for name, p in params.items()}}, k)"),
     "mask rule": ("pmp.py", "[whole(score).abs().flatten()", "[-whole(score).abs().flatten()"),
     "optimizer": ("pmp.py", "torch.optim.AdamW(list(params.values()), betas=betas, weight_decay=0.0, fused=True)",
-                  "torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9)"),
+                  OPTIMIZER),
     "preset": ("pmp.py", 'PRESETS = {\n', 'PRESETS = {\n    "mine": (LlamaConfig(**MINI), "bpe", LAPTOP),\n'),
 }
 
@@ -2098,6 +2112,7 @@ def test_the_readmes_table_of_changes_works_on_a_copy(row, flags, tmp_path):
     for name in ("pmp.py", "model.py", "common.py"):
         shutil.copy(house / name, tmp_path)
     shutil.copytree(house / "data", tmp_path / "data", ignore=shutil.ignore_patterns("cache", "__pycache__"))
+    assert f"`{SCORE}`" in README and f"`{OPTIMIZER}`" in README
     file, before, after = EDITS[row]
     source = (tmp_path / file).read_text()
     assert source.count(before) == 1

@@ -40,7 +40,7 @@ from data.tokenizer import EOS, TRAINING_CHARACTERS, Tokenizer
 CACHE = Path(__file__).parent / "cache"
 BUFFER = 50_000  # documents that are shuffled together (section 4.1)
 WINDOW_CHARACTERS = 2**28  # and no more characters than this, so that a window fits the memory
-HELD_OUT_TOKENS = 131_072  # at most
+HELD_OUT_TOKENS = 131_072  # documents are held out until there are so many; the last one is kept whole
 FORMAT = 2  # part of the cache's name: raise it when the same documents would give other bytes
 
 # ---- documents -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Text <-> tokens: byte-level BPE, with GPT-2's vocabulary or a small one that is trained on the text itself.
 
 On disk a tokenizer is Hugging Face's tokenizer.json. Our own and GPT-2's are read, and every other is refused by name:
-a setting that were ignored would change the ids without a word.
+a setting that we ignored would silently change the ids.
 """
 
 import hashlib
@@ -202,10 +202,10 @@ class Tokenizer:
             config = read_json(folder / "tokenizer_config.json")
 
         def refuse(what):
-            return UserError(f"{path}: {what}, which our tokenizer has not: use the folder of a release or of GPT-2")
+            return UserError(f"{path}: {what}, which our tokenizer does not have: use a release's folder or GPT-2's")
 
         try:
-            model, words = file["model"], file["pre_tokenizer"]
+            model, words = file["model"], file["pre_tokenizer"] or {"type": "none"}
             if model["type"] != "BPE" or words["type"] != "ByteLevel" or not words.get("use_regex", True):
                 raise refuse(f"it is a {model['type']} model with the pre-tokenizer {words['type']}")
             if words.get("add_prefix_space") or config.get("add_prefix_space"):
