@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Parser, UserError, command_line, path, say  # noqa: E402
 from data.text import CACHE, prepare  # noqa: E402
 from model import load_folder  # noqa: E402
-from pmp import load_checkpoint, unpack_mask  # noqa: E402
+from pmp import load_checkpoint, topk_mask, unpack_mask  # noqa: E402
 
 ALPHAS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)  # times the norm of the weights
 STEP = 0.01  # length of the outsider's step in Proposition 1, times the norm of the weights
@@ -84,11 +84,19 @@ def auc(positive, negative):
 
 
 def figure_6(g, masks):
-    """How |gradient| is spread in the ticket and in the complement, and whether it tells one from the other."""
+    """How |gradient| is spread in the ticket and in the complement, and how far it tells one from the other.
+
+    "zeros": the shares that are exactly 0, as the embedding's rows of tokens that do not occur; "auc of the rest":
+    without these; "found": the share of the ticket in a guess of its size, the largest |gradient|.
+    """
     size = torch.cat([t.abs().flatten() for t in g.values()])
     inside = torch.cat([masks[name].flatten() for name in g])
-    found = {"auc": auc(size[inside], size[~inside])}
+    moves = size > 0
+    guess = topk_mask({"all": size}, int(inside.sum()))["all"]
+    found = {"auc": auc(size[inside], size[~inside]), "found": float(guess[inside].float().mean()),
+             "auc of the rest": auc(size[inside & moves], size[~inside & moves]), "zeros": {}}
     for place, part in (("ticket", size[inside]), ("complement", size[~inside])):
+        found["zeros"][place] = float((part == 0).float().mean())
         found[place] = np.histogram(part[part > 0].log10(), BINS)[0].tolist()
     return found
 

@@ -123,13 +123,13 @@ def holm(ps):
 # ---- the eight questions --------------------------------------------------------------------------------------------
 
 
-def paper_shares():
-    """The shares of the dense model's gain that PMP takes away in Table 1, TinyLlama, full, in percent, sorted."""
+def paper_share():
+    """The median share of the dense model's gain that PMP takes away in Table 1, TinyLlama, full, in percent."""
     (base, _), (dense, pmp) = PAPER["TinyLlama"]["base"], PAPER["TinyLlama"]["full"]
     shares = []
     for before, without, with_pmp in zip(base.split(), dense.split(), pmp.split()):
         shares.append(100 * (float(without) - float(with_pmp)) / (float(without) - float(before)))
-    return sorted(shares)
+    return np.median(shares)
 
 
 def questions(study):
@@ -143,14 +143,14 @@ def questions(study):
     for pair in both:
         forgetting.append(study.at_equal_forgetting("outsider", pair) - study.at_equal_forgetting("dense", pair))
         forgotten.append(math.log(study.rise("outsider", pair, 4) / study.rise("dense", pair, 4)))
-    gaps = [study.gap("outsider", "dense", length) for length in LENGTHS]
-    if all(len(gap) >= len(LONG_PAIRS) for gap in gaps):
+    if all(set(LONG_PAIRS) <= set(study.pairs("outsider", "dense", length=length)) for length in LENGTHS):
         for pair in LONG_PAIRS:
-            slopes.append(float(np.polyfit(np.log10(LENGTHS), [gap[pair] for gap in gaps], 1)[0]))
+            gaps = [study.at_best("outsider", pair, length=length) - study.at_best("dense", pair, length=length)
+                    for length in LENGTHS]
+            slopes.append(float(np.polyfit(np.log10(LENGTHS), gaps, 1)[0]))
     attacks = study.attacks.get("pmp", [])
     line = f"the shadow alone {interval([attack['shadow']['found'] for attack in attacks])[0]:.2f}"
-    shares = paper_shares()
-    theirs = f"{np.median(shares):.0f}% of the gain (accuracy) in the median task of Table 1"
+    theirs = f"{paper_share():.0f}% of the gain (accuracy) in the median task of Table 1"
     columns = ("claim", "paper", "values", "bound", "above", "unit")
     rows = [
         ("PMP preserves capability: held-out loss, PMP − dense", "yes (4.2)",
@@ -162,7 +162,7 @@ def questions(study):
          forgetting, tenth, True, "nats"),
         ("The early-bird ticket protects better than a random mask: task loss, outsider − random",
          "yes on most tasks (Figure 2)", study.gap("outsider", "random"), 0, True, "nats"),
-        ("The mask helps those who have it: task loss, outsider − authorised", "yes on all tasks (Figure 3)",
+        ("The mask helps those who have it: task loss, outsider − authorised", "as good or better on all tasks (4.3)",
          study.gap("outsider", "authorised"), 0, True, "nats"),
         ("Outsiders forget more: rise of the pre-training loss at 4 ×, log(outsider / dense)",
          "follows from Proposition 1", forgotten, 0, True, ""),
@@ -210,20 +210,20 @@ def question_table(asked):
 
 
 def said(values, digits=3, sign="+"):
-    """"+0.104 ±0.023 (8)" of values by pair; sign="-" writes no plus."""
+    """"+0.104 ±0.023" of values by pair; sign="-" writes no plus."""
     if len(values) < 2:
         return "not run"
     middle, half = interval(values)
-    return f"{middle:{sign}.{digits}f} ±{half:.{digits}f} ({len(values)})"
+    return f"{middle:{sign}.{digits}f} ±{half:.{digits}f}"
 
 
 def describe(study):
     """A Markdown list of the effects without a verdict: mean, 95% interval, pairs."""
     lines = []
 
-    def add(text, values, unit="nats", digits=3):
+    def add(text, values, unit=" nats", digits=3):
         if len(values) > 1:
-            lines.append(f"- {text}: {said(values, digits)} {unit}.")
+            lines.append(f"- {text}: {said(values, digits)}{unit} ({len(values)}).")
 
     both = study.pairs("outsider", "dense")
     add("Gain over the release, as the paper counts, dense", [study.gain("dense", pair) for pair in both])
@@ -233,23 +233,27 @@ def describe(study):
     add("Question 3 on a smooth curve in place of the line",
         [study.at_equal_forgetting("outsider", pair, True) - study.at_equal_forgetting("dense", pair, True)
          for pair in both])
-    left = []
-    for pair in study.pairs("outsider", "dense", "matched"):
-        slope = ((study.at_best("matched", pair) - study.at_best("dense", pair))
-                 / (study.release("matched", pair) - study.release("dense", pair)))
-        lost = slope * (study.release("pmp", pair) - study.release("dense", pair))
-        left.append(study.at_best("outsider", pair) - study.at_best("dense", pair) - lost)
-    add("Question 2 against a dense model that is as weak as PMP's release", left)
-    add("Question 2 for an outsider with the guessed mask", study.gap("guessed mask", "dense"))
-    add("Question 2 for a random mask", study.gap("random", "dense"))
-    add("Question 5 for the dense model in the same mask", study.gap("dense", "dense in the mask"))
+    for number, arm, other in ((2, "outsider", "dense"), (4, "outsider", "random")):
+        left = []
+        for pair in study.pairs(arm, other, "dense", "matched"):
+            slope = ((study.at_best("matched", pair) - study.at_best("dense", pair))
+                     / (study.release("matched", pair) - study.release("dense", pair)))
+            lost = slope * (study.release(ARMS[arm][0], pair) - study.release(ARMS[other][0], pair))
+            left.append(study.at_best(arm, pair) - study.at_best(other, pair) - lost)
+        add(f"Question {number} without what the lost capability explains, on the line of `matched`", left)
+    add("Question 5 minus the same for the dense model in the mask",
+        np.subtract(study.gap("outsider", "authorised"), study.gap("dense", "dense in the mask")))
+    for arm in ("random", "authorised", "matched"):
+        add(f"Question 6 for {arm} in place of the outsider",
+            [math.log(study.rise(arm, pair, 4) / study.rise("dense", pair, 4)) for pair in study.pairs(arm, "dense")],
+            "")
     add("Held-out loss, random mask − dense",
         [study.release("random", pair) - study.release("dense", pair) for pair in study.trained("random", "dense")])
     add("Held-out loss, ticket with secret noise − PMP",
         [study.release("noisy", pair) - study.release("pmp", pair) for pair in study.trained("noisy", "pmp")])
     add("Accuracy on docs, dense − outsider, each at its own best rate",
         [study.at_best("dense", pair, score="accuracy") - study.at_best("outsider", pair, score="accuracy")
-         for pair in both], "points", 2)
+         for pair in both], " points", 2)
     return "\n".join(lines)
 
 
@@ -273,32 +277,31 @@ def length_table(study):
 
 
 def rate_table(study):
-    """Task loss of each arm at each rate, mean over pairs; in brackets the rise of the pre-training loss."""
-    rows = ["| arm | release | " + " | ".join(f"{rate} ×" for rate in RATES) + " | own best | pairs |",
-            "| --- " * (len(RATES) + 4) + "|"]
+    """Task loss of each arm at each rate, mean over pairs, the least in bold; in brackets what is forgotten."""
+    rows = ["| arm (pairs) | release | " + " | ".join(f"{rate} ×" for rate in RATES) + " |",
+            "| --- " * (len(RATES) + 2) + "|"]
     for arm, (model, _) in ARMS.items():
         pairs = study.pairs(arm)
         if not pairs:
             continue
         cells = [f"{np.mean([study.release(model, pair, 'task') for pair in pairs]):.3f}"]
-        for rate in RATES:
-            loss = np.mean([study.tuned(arm, pair, rate) for pair in pairs])
+        losses = [np.mean([study.tuned(arm, pair, rate) for pair in pairs]) for rate in RATES]
+        for rate, loss in zip(RATES, losses):
             rise = np.mean([study.rise(arm, pair, rate) for pair in pairs])
-            cells.append(f"{loss:.3f} ({rise:+.2f})")
-        best = sorted({study.best_rate(arm, pair) for pair in pairs})
-        cells.append(", ".join(f"{rate} ×" for rate in best))
-        rows.append(f"| {arm} | {' | '.join(cells)} | {len(pairs)} |")
+            mark = "**" if loss == min(losses) else ""
+            cells.append(f"{mark}{loss:.3f}{mark} ({rise:+.2f})")
+        rows.append(f"| {arm} ({len(pairs)}) | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def equal_rate_table(study):
-    """Differences of the task loss at equal rates: mean, 95% interval, pairs."""
+    """Differences of the task loss at equal rates: mean and 95% interval; in brackets the number of pairs."""
     rows = ["| task loss | " + " | ".join(f"{rate} ×" for rate in RATES) + " |", "| --- " * (len(RATES) + 1) + "|"]
     for a, b in (("outsider", "dense"), ("outsider", "random"), ("outsider", "authorised"),
                  ("dense", "dense in the mask"), ("guessed mask", "authorised")):
         pairs = study.pairs(a, b)
         cells = [said([study.tuned(a, pair, rate) - study.tuned(b, pair, rate) for pair in pairs]) for rate in RATES]
-        rows.append(f"| {a} − {b} | {' | '.join(cells)} |")
+        rows.append(f"| {a} − {b} ({len(pairs)}) | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -341,12 +344,17 @@ def table_1(lines, owners):
 
 def attack_table(attacks):
     """How much of a mask each attack of attack.py finds. attacks: {model: lines}."""
-    columns = {"found": ("pmp", "found"), "surest 30%": ("pmp", "surest"), "IoU": ("pmp", "iou"), "AUC": ("pmp", "auc"),
-               "found, secret noise": ("noisy", "found"), "found, random mask": ("random", "found")}
+    masks = {"pmp": "early-bird ticket", "noisy": "with secret noise", "random": "random mask"}
+    columns = []
+    for model, mask in masks.items():
+        count = len(attacks.get(model, []))
+        columns += [f"{mask} ({count}): found", "surest 30%"]
     rows = ["| attack | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name in ("gradient", "distance", "shadow", "classifier"):
-        cells = [said([line[name][score] for line in attacks.get(model, [])], sign="-")
-                 for model, score in columns.values()]
+        cells = []
+        for model in masks:
+            for score in ("found", "surest"):
+                cells.append(said([line[name][score] for line in attacks.get(model, [])], sign="-"))
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -370,12 +378,17 @@ def measure_table(lines):
         for name, found in twins.items():
             cells = [said([line["proposition 1"][term][place] for line in found]) for place in places]
             rows.append(f"| Proposition 1: {term}, {name} | {' | '.join(cells)} |")
-    rows.append("")
+    heads = ("gradients of 0, ticket", "complement", "AUC of the rest", "the largest 70% find",
+             "squared gradient in the ticket")
+    rows += ["", f"| | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for name, found in twins.items():
-        auc = said([line["figure 6"]["auc"] for line in found], sign="-")
-        premise = said([line["premise"] for line in found], sign="-")
-        rows.append(f"- {name}: AUC of the gradient's size, ticket against complement (Figure 6), {auc}; share of the "
-                    f"squared gradient in the ticket (section 3), {premise}.")
+        figure_6 = [line["figure 6"] for line in found]
+        columns = [[figure["zeros"]["ticket"] for figure in figure_6],
+                   [figure["zeros"]["complement"] for figure in figure_6],
+                   [figure["auc of the rest"] for figure in figure_6], [figure["found"] for figure in figure_6],
+                   [line["premise"] for line in found]]
+        cells = [said(values, sign="-") for values in columns]
+        rows.append(f"| Figure 6, section 3: {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -384,16 +397,14 @@ def measure_table(lines):
 
 def draw_figure_2(study, file):
     """Figure 2 by loss: the release and the tuned model, for no mask, a random mask and the early-bird ticket."""
-    pairs = study.pairs("dense", "random", "outsider")
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     arms = ("dense", "random", "outsider")
-    for axis, title in zip(axes, ("release: pre-training loss", "tuned by an outsider: task loss")):
-        for pair in pairs:
-            if axis is axes[0]:
-                values = [study.release(ARMS[arm][0], pair) for arm in arms]
-            else:
-                values = [study.at_best(arm, pair) for arm in arms]
-            axis.plot(range(3), values, color="grey", marker="o", linewidth=0.8, alpha=0.6)
+    pairs = study.pairs(*arms)
+    before = [[study.release(ARMS[arm][0], pair) for arm in arms] for pair in pairs]
+    after = [[study.at_best(arm, pair) for arm in arms] for pair in pairs]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    titles = ("release: pre-training loss", "tuned by an outsider: task loss")
+    for axis, title, losses in zip(axes, titles, (before, after)):
+        axis.plot(range(3), np.transpose(losses), color="grey", marker="o", linewidth=0.8, alpha=0.6)
         axis.set(title=title, xticks=range(3), ylabel="nats, lower is better", xlim=(-0.3, 2.3))
         axis.set_xticklabels(("no mask", "random mask", "PMP's ticket"))
         axis.grid(alpha=0.3, axis="y")

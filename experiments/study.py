@@ -108,22 +108,17 @@ def shadow_of(piece):
 
 
 def needs(piece):
-    """The pieces that a piece builds on."""
+    """The pieces that a piece builds on. All models of a pair build on its PMP model."""
     pair, length = piece["pair"], piece.get("length", 1)
     if piece["do"] == "train":
         return [] if piece["model"] == "pmp" else [trained("pmp", pair, length)]
     if piece["do"] == "tune":
         model, mask = ARMS[piece["arm"]]
-        found = [trained(model, pair, length)]
-        if mask == "pmp":
-            found.append(trained("pmp", pair, length))
         if mask == "guess":
-            found.append({"do": "attack", "model": "pmp", "pair": pair})
-        return found
+            return [trained(model, pair, length), {"do": "attack", "model": "pmp", "pair": pair}]
+        return [trained(model, pair, length)]
     if piece["do"] == "attack":
         return [trained(piece["model"], pair), trained(piece["model"], shadow_of(piece))]
-    if piece["do"] == "measure":
-        return [trained(piece["model"], pair), trained("pmp", pair)]
     return [trained(piece["model"], pair)]
 
 
@@ -238,8 +233,6 @@ def tune(piece, text, out, place):
             "--seed", str(piece["seed"]), "--lr", str(BASE_RATE * piece["rate"]), *TUNING]
     if mask == "guess":
         argv += ["--mask", str(guess_of(out, pair))]
-    elif mask and model == "pmp":
-        argv += ["--mask", str(mask_of(out, pair, length))]
     elif mask:  # a mask's file belongs to one release: make one for this release
         masks = pmp.load_mask(mask_of(out, pair, length), parameters(folder_of(out, "pmp", pair, length) / "release"))
         pmp.save_mask(place / "mask", masks, parameters(release))
@@ -339,21 +332,20 @@ def main():
                 left.append(piece)
         if not left:
             break
-        worked = False
         for piece in left:
-            if worked or not all(json.dumps(need) in done for need in needs(piece)):
+            if not all(json.dumps(need) in done for need in needs(piece)):
                 continue
             with lock(args.out / "locks" / name_of(piece)) as mine:
                 if not mine or json.dumps(piece) in read_results(results):
                     continue
                 say(f"\n=== {name_of(piece)}")
-                worked = True
                 try:
                     glue.append_result(results, work(piece, args, text))
                 except UserError as error:
                     say(f"failed: {error}")
                     failed.append(piece)
-        if not worked:
+                break
+        else:
             time.sleep(5)  # what is left waits for another process
     if failed:
         raise UserError(f"{len(failed)} pieces failed, the first of them {name_of(failed[0])}: see above")

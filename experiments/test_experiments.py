@@ -67,6 +67,15 @@ def test_auc_is_the_chance_that_a_positive_is_above_a_negative():
     assert measure.auc(positive, negative) == pytest.approx((1 + 1.5 + 2) / 6)
 
 
+def test_figure_6_counts_zeros_and_what_the_largest_gradients_find():
+    g, masks = {"w": torch.tensor([0.0, -0.3, 0.1, 0.0, 0.0, 0.2])}, {"w": torch.tensor([1, 1, 1, 0, 0, 0]).bool()}
+    found = measure.figure_6(g, masks)
+    assert found["zeros"] == pytest.approx({"ticket": 1 / 3, "complement": 2 / 3})
+    assert found["found"] == pytest.approx(2 / 3)  # of 0.3, 0.2 and 0.1
+    assert found["auc of the rest"] == 0.5
+    assert sum(found["ticket"]) == 2
+
+
 def test_measuring_leaves_the_weights_and_the_parts_of_a_step_add_up(runs):
     found = measure.measure_run(runs / "dense", runs / "victim", runs / "cache", str(runs / "text.jsonl"))
     step = found["proposition 1"]["curvature"]
@@ -137,7 +146,7 @@ def test_the_verdicts_are_those_of_the_effects_that_were_put_in():
     assert [ask["verdict"] for ask in asked] == [
         "holds", "holds", "does not hold", "holds", "holds", "holds", "does not hold", "holds"]
     text = report.describe(found)
-    assert "as weak as PMP's release: +0.18" in text  # 0.2, of which 0.02 * 0.03 / 0.05 is lost capability
+    assert "on the line of `matched`: +0.18" in text  # 0.2, of which 0.02 * 0.03 / 0.05 is lost capability
 
 
 @pytest.mark.parametrize("effect, verdict", [(0.04, "holds"), (0.06, "does not hold"), (0.0501, "open")])
