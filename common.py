@@ -70,6 +70,11 @@ def say(text="", end="\n"):
         sys.stdout = open(os.devnull, "w")
 
 
+def printable(text):
+    """Text whose control characters are spelled out: what a stranger's file brings could steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t\xa0\u3000" else ascii(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are UserErrors."""
 
@@ -134,7 +139,7 @@ def command_line(main):
             raise
         message = f"error: cannot use {error.filename} ({error.strerror}): check the path, the disk and its permissions"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"error: no space left to write {error.filename}: free some disk and run again, it goes on"
+            message = f"error: no space left to write {error.filename}: free some disk and run again (pmp.py: --resume)"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             message = "error: out of memory: start again with a smaller --batch-size"
@@ -148,7 +153,7 @@ def command_line(main):
     except SystemExit as leaving:
         leave_ranks(leaving.code, wait=False)
         raise
-    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    message = printable(message)
     if len(message) > 1000:  # a stranger's file may have names of any length
         message = message[:500] + " ... " + message[-500:]
     print(message, file=sys.stderr)
@@ -430,9 +435,11 @@ class Progress:
             text += f" | eta {minutes}:{rest:02d} | {self.unit} {rate:,}"
         for name, value in numbers.items():
             text += f" | {name} {value:{self.FORMS[name]}}"
-        if self.terminal:
+        if self.terminal and last:
+            say(f"\r\033[K{text}")
+        elif self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be written over
-            say(f"\r\033[K{text[:width]}", end="\n" if last else "")
+            say(f"\r\033[K{text[:width]}", end="")
         else:
             say(text)
 

@@ -33,7 +33,7 @@ from torch import nn
 
 from common import (Parser, Progress, Stopped, UserError, atomic, autocast, command_line, fingerprint,
                     first_then_others, from_first, join_ranks, leave_ranks, no_core_dumps, number, path, pick_device,
-                    pick_dtype, rank, read_bytes, save_safetensors, say, stop_signals, world, write_json)
+                    pick_dtype, rank, save_safetensors, say, stop_signals, world, write_json)
 from data.text import CACHE, choose_held_out, documents, get, pause, refused
 from model import Conv1D, config_dict, initialise, load_folder
 from pmp import MaskedAdamW, load_mask
@@ -43,7 +43,7 @@ from pmp import MaskedAdamW, load_mask
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 TRIES = 5  # a download's attempts
-LARGEST_FILE = 2**28  # bytes of a TSV
+LARGEST_FILE, MOST_ROWS = 2**30, 2_000_000  # of a TSV; MNLI, with its parses, has about 0.4 GB and 392,702 rows
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def fetch(task, folder):
     """
     if all((folder / task.folder / f"{split}.tsv").exists() for split in task.splits):
         return
+    if not task.download:
+        raise UserError(f"{task.folder} cannot be fetched: give --glue-dir the folder of {task.folder}/train.tsv")
     bodies = {}
     for name, size, sha256 in task.download:
         url = (MRPC_URL if name.startswith("msr_") else GLUE_URL) + name
@@ -137,30 +139,40 @@ def fetch(task, folder):
             file.write(content)
 
 
-def read_tsv(task, file):
-    """The rows of a file: [(text_a, text_b, label)]; text_b is "" for single sentences, label an int, or a score.
+def tsv_lines(file):
+    """Yield the cells of each line of a file, [str]. There is no quoting: a tab ends a cell, a line feed ends a line.
 
-    The files know no quoting: a tab ends a cell, a line feed ends a row, nothing else does. Raises UserError when the
-    file is missing, not UTF-8 or without rows, and at a row that is malformed or whose label is unknown.
+    Raises UserError where the file is missing, too large or not UTF-8.
     """
     if not os.path.isfile(file):
         raise UserError(f"there is no {file}: give --glue-dir a folder with the TSVs laid out as the official zips are")
-    try:
-        lines = read_bytes(file, LARGEST_FILE).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason}): give the official file") from None
+    if os.path.getsize(file) > LARGEST_FILE:
+        raise UserError(f"{file} is larger than {LARGEST_FILE:,} bytes: give a part of it")
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            for i, line in enumerate(lines):
+                if i > MOST_ROWS:
+                    raise UserError(f"{file} has more than {MOST_ROWS:,} rows: give a part of it")
+                yield line.removesuffix("\n").rstrip("\r").split("\t")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 ({error.reason}): convert the file") from None
+
+
+def read_tsv(task, file):
+    """The rows of a file: [(text_a, text_b, label)]; text_b is "" for single sentences, label an int, or a score.
+
+    Raises UserError where the file is unfit or without rows, and at a row that is malformed or whose label is unknown.
+    """
     rows, skipped, columns = [], 0, task.header
-    for i, line in enumerate(lines, 1):
-        cells = line.rstrip("\r").split("\t")
-        if i == len(lines) and not line:
-            continue  # after the last line feed
+    label = columns.index(task.label) if columns else None  # where it is
+    for i, cells in enumerate(tsv_lines(file), 1):
         if not columns:
             columns = cells
             if missing := [name for name in (*task.text, task.label) if name not in columns]:
                 raise UserError(f"{file} names no column {missing[0]!r} in its first line: it has "
                                 f"{', '.join(columns):.200}")
+            label = columns.index(task.label)
             continue
-        label = columns.index(task.label)
         if task.gaps and (len(cells) < len(columns) or not cells[label]):
             skipped += 1
             continue
@@ -184,15 +196,14 @@ def read_tsv(task, file):
 
 def own_task(file, text, label):
     """(Task, its rows by split) of a TSV with a header: each tenth row, by its sha256, is held out as "dev"."""
-    lines = read_bytes(file, LARGEST_FILE).decode("utf-8-sig", "replace").split("\n")
-    header = lines[0].rstrip("\r").split("\t")
+    lines = tsv_lines(file)
+    header = next(lines, [])
     if label not in header:
         raise UserError(f"{file} names no column {label!r} in its first line: it has {', '.join(header):.200}")
-    values = set()
-    for line in lines[1:]:
-        cells = line.rstrip("\r").split("\t")
+    place, values = header.index(label), set()
+    for cells in lines:
         if len(cells) == len(header):
-            values.add(cells[header.index(label)])
+            values.add(cells[place])
     if not 2 <= len(values) <= 100:
         raise UserError(f"the column {label!r} of {file} has {len(values)} different values: labels are 2 to 100 words")
     task = Task(Path(file).stem, tuple(text), label, tuple(sorted(values)))
@@ -200,8 +211,10 @@ def own_task(file, text, label):
     for row in read_tsv(task, file):
         chosen = hashlib.sha256(repr(row[:2]).encode()).digest()[0] < 26
         rows["dev" if chosen else "train"].append(row)
-    if not all(rows.values()):
+    train, dev = len(rows["train"]), len(rows["dev"])
+    if train + dev < 50 or not train or not dev:
         raise UserError(f"{file} has too few rows to train on some and test on others: give it at least 50")
+    say(f"{file}: {train:,} rows to train on, {dev:,} held out")
     return task, rows
 
 
@@ -619,7 +632,7 @@ def table(results, title, paper=False):
 EXAMPLES = """examples:
   python glue.py out/release --standin                 no network, not GLUE
   python glue.py out/release --tasks rte --seed 1 2    an outsider
-  python glue.py out/release --mask out/private/mask.safetensors --save tuned
+  python glue.py out/release --mask out/private/mask.safetensors --save out-tuned
   python glue.py out/release --tsv my.tsv --text question answer --label good
 """
 
@@ -675,7 +688,8 @@ def read_results(file):
 
     Raises UserError where it cannot be written to, or where a line is no result.
     """
-    with open(file, "a+b") as results:  # found out now, before anything is trained
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    with open(os.open(file, flags, 0o600), "a+b") as results:  # found out now, before anything is trained
         results.seek(0)
         lines = results.read().split(b"\n")
     found = []
@@ -715,7 +729,7 @@ DECIDING = ("lr", "epochs", "batch_size", "weight_decay", "clip", "max_length", 
 
 def key_of(result):
     """What makes two results the same experiment, as text."""
-    parts = ("task", "method", "seed", "authorised", "weights", "tokenizer", "data", "settings")
+    parts = ("task", "method", "seed", "mask", "weights", "tokenizer", "data", "settings")
     return json.dumps({part: result.get(part) for part in parts}, sort_keys=True)
 
 
@@ -729,7 +743,7 @@ def main(argv=None):
     body, tokenizer = first_then_others(lambda: load_folder(args.release))
     params = dict(body.named_parameters())
     masks = load_mask(args.mask, params) if args.mask else None
-    weights = fingerprint(params)
+    weights, mask = fingerprint(params), fingerprint(masks) if masks else None
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
     if args.max_length > body.max_positions:
@@ -760,7 +774,8 @@ def main(argv=None):
     for name in tasks:
         for method in args.method:
             for seed in args.seed:
-                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "weights": weights,
+                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": mask,
+                       "weights": weights,
                        "tokenizer": tokenizer.fingerprint, "data": digests[name], "settings": settings}
                 title_of_run = f"{name} {method}" + (" + mask" if masks else "") + f" seed {seed}"
                 place = None
@@ -806,9 +821,9 @@ def main(argv=None):
                 raise Stopped(128 + asked[0])
     if world() > 1:
         torch.distributed.barrier()
-    shown = [result for result in read_results(args.results)  # with the mask and without it
+    shown = [result for result in read_results(args.results)  # with this mask and without one
              if result.get("weights") == weights and result.get("data") in digests.values()
-             and result.get("settings") == settings]
+             and result.get("settings") == settings and result.get("mask") in (None, mask)]
     say("\n" + table(shown, title, args.paper))
     leave_ranks()
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Parser, UserError, atomic, command_line, load_safetensors, number, path, pick_device, read_json,
-                    save_safetensors, say, split_like, write_json)
+from common import (Parser, UserError, atomic, command_line, load_safetensors, number, path, pick_device,
+                    printable, read_json, save_safetensors, say, split_like, write_json)
 from data.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.8, top_k=50, eos=None, seed=0):
-        """Extend idx (1, T) by sampling up to max_new_tokens; stops after `eos`. Returns (1, T + new).
+        """Extend idx (1, T) by sampling up to max_new_tokens; stops before `eos`. Returns (1, T + new).
 
         Raises UserError where the logits are not finite: the weights are broken.
         """
@@ -89,9 +89,9 @@ class Model(nn.Module):
             floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
             probs = F.softmax(logits.masked_fill(logits < floor, -math.inf), dim=-1)
             token = torch.multinomial(probs, 1, generator=random)
-            idx = torch.cat([idx, token], dim=1)
             if token.item() == eos:
                 break
+            idx = torch.cat([idx, token], dim=1)
         return idx
 
 
@@ -562,8 +562,7 @@ def main(argv=None):
     start = torch.tensor([[tokenizer.eos, *tokenizer.encode(args.prompt)]], device=device)
     for sample in range(args.samples):
         text = model.generate(start, args.tokens, args.temperature, args.top_k, tokenizer.eos, args.seed + sample)
-        ids = text[0, 1:].tolist()
-        say(tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos else ids))
+        say(printable(tokenizer.decode(text[0, 1:].tolist())))
         if args.samples > 1:
             say("-" * 40)
 

@@ -30,8 +30,8 @@ import torch
 # Without --shard whole(x) is x, and split_like(p, x) is x on p's device; in one process from_first(f) is f().
 from common import (Parser, Progress, Stopped, UserError, any_rank, atomic, autocast, command_line, compile_model,
                     fingerprint, first_then_others, from_first, gather, join_ranks, leave_ranks, load_safetensors, lock,
-                    mean_over_ranks, no_core_dumps, number, path, pick_device, pick_dtype, rank, save_safetensors, say,
-                    shard, sharded, split_like, stop_signals, whole, world, write_json)
+                    mean_over_ranks, no_core_dumps, number, path, pick_device, pick_dtype, printable, rank,
+                    save_safetensors, say, shard, sharded, split_like, stop_signals, whole, world, write_json)
 from data.text import BUFFER, CACHE, prepare
 from model import (CARD, GPT2Config, LlamaConfig, build, initial_value, load_folder, save_folder,
                    secret_generator)
@@ -63,9 +63,9 @@ STAGE_1 = ("preset", "rho", "ticket", "score", "eb_steps", "eb_iou", "eb_patienc
 EXAMPLES = """examples:
   python pmp.py --rho 0.7                                 a few minutes on a laptop
   python pmp.py --rho 1.0 --twin out --out out-dense      the same without PMP
-  python pmp.py --data my.jsonl.xz --out mine             on your own text
-  python pmp.py --out mine --resume                       after Ctrl-C or a power cut
-  python pmp.py --init out/release --data my.txt --mask out/private/mask.safetensors --out tuned
+  python pmp.py --data my.jsonl.xz --out out-mine         on your own text
+  python pmp.py --out out-mine --resume                   after Ctrl-C or a power cut
+  python pmp.py --init out/release --data my.txt --mask out/private/mask.safetensors --out out-tuned
 """
 
 
@@ -423,6 +423,13 @@ def main(argv=None):
             args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
         else:
             shape, tokenizer, _ = PRESETS[args.preset]
+        start = str(shape)  # what the run begins with, besides the secret and the text
+        if args.init:
+            start += fingerprint(origin)
+        begun = saved or twin or {}
+        if begun.get("start", start) != start:
+            raise UserError(f"the run in {out if saved else args.twin} began with another model: put the preset or the "
+                            "release of --init back as it was, or name another --out")
         positions = build(shape, "meta").max_positions
         if args.block_size > positions:
             raise UserError(f"--block-size {args.block_size} is more than the model's {positions} positions")
@@ -497,7 +504,7 @@ def main(argv=None):
         def save():
             """Write the checkpoint. All of it is secret."""
             content = {
-                "settings": vars(args), "secret": secret, "texts": texts, "stage": stage, "step": step,
+                "settings": vars(args), "secret": secret, "start": start, "texts": texts, "stage": stage, "step": step,
                 "streak": streak, "overlap": overlap, "before": before, "log_bytes": progress.bytes,
                 "scores": gather(scores), "mask": pack_mask(gather(masks or {})), "weights": gather(params),
                 "moments": gather(optimizer.state()), "optimizer": type(optimizer.optimizer).__name__}
@@ -671,16 +678,18 @@ def main(argv=None):
                      f"byte-level BPE of {tokenizer.size:,} tokens",
                      f"trained in {args.steps:,} updates of {sequences} sequences of {args.block_size} tokens")
             (out / "release").mkdir(exist_ok=True)
-            if args.mask:
+            if args.mask or args.twin:
                 (out / "release").chmod(0o700)
             save_folder(out / "release", model, weights, tokenizer, CARD.format(facts="\n- ".join(facts)))
         say(f"\nreleased {out / 'release'}; keep {private} to yourself")
         if args.mask:
             say(f"keep {out / 'release'} to yourself, too: it differs from {args.init} in the ticket alone")
+        if args.twin:
+            say(f"publish this release or that of {args.twin}, never both: what two twins with masks share is frozen")
         say("\na sample of the release:")
-        start = torch.tensor([[tokenizer.eos]], device=device)
-        sample = model.generate(start, 120, eos=tokenizer.eos, seed=args.seed)[0, 1:].tolist()
-        say(tokenizer.decode(sample))
+        begin = torch.tensor([[tokenizer.eos]], device=device)
+        sample = model.generate(begin, 120, eos=tokenizer.eos, seed=args.seed)[0, 1:].tolist()
+        say(printable(tokenizer.decode(sample)))
     leave_ranks()
 
 

@@ -47,7 +47,7 @@ import glue
 import model as model_module
 import pmp
 from common import (Stopped, UserError, atomic, command_line, fingerprint, load_safetensors, lock, pick_dtype,
-                    save_safetensors, stop_signals, whole)
+                    printable, read_json, save_safetensors, stop_signals, whole)
 from data import text as text_module, tokenizer as tokenizer_module
 from data.text import choose_held_out, documents, file_documents, prepare
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer
@@ -133,11 +133,9 @@ def test_documents_come_in_the_order_of_the_file_names_from_every_kind_of_file(t
     assert list(file_documents(tmp_path)) == ["one", "two", "three", "four\n", "five"]
 
 
-@pytest.mark.parametrize("letter", ["x", "中"])
-def test_a_txt_is_cut_into_documents_of_limited_length_and_no_character_of_it_is_lost(letter, tmp_path):
+def test_a_txt_is_cut_into_documents_of_limited_length_and_no_character_of_it_is_lost(tmp_path):
     text = "".join(f"line {i} é\r\n" + "\n" * (i % 40 == 0) for i in range(3000))
-    text += "a" + "😀" * 3000 + "\n"  # the cut after 8,000 bytes is inside a character
-    text += letter * 100_000 + "\nend "
+    text += "a" + "😀" * 100_000 + "\n" + "x" * 100_000 + "\nend "  # two lines that are far longer than a piece
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte-order mark is no text
     found = list(file_documents(tmp_path / "a.txt"))
     assert "".join(found) == text
@@ -169,7 +167,7 @@ def test_never_more_than_a_fifth_is_held_out_however_long_or_frequent_a_document
         for every in ([book, *texts], texts * 60):
             held = documents(path, "held-out", 0, choose_held_out(write_jsonl(path, every)))
             assert 0 < sum(len(text) for _, text in held) < 0.2 * sum(map(len, every))
-    fails("give it as more and shorter documents", choose_held_out, write_jsonl(path, ["one document", "and another"]))
+    fails("give more and shorter ones", choose_held_out, write_jsonl(path, ["one document", "and another"]))
 
 
 GOOD = b'{"text": "good"}\n'
@@ -197,6 +195,13 @@ def test_a_bad_text_is_named_in_one_sentence(name, content, expected, tmp_path, 
         (tmp_path / name).write_bytes(content)
     message = fails(expected, prepare, str(tmp_path / name), "bpe", 1000, cache=tmp_path / "cache")
     assert name in message
+
+
+def test_the_prose_of_this_installation_is_enough_for_a_laptop_and_each_text_comes_once():
+    texts = text_module.prose()
+    assert len(texts) == len(set(texts))
+    assert sum(map(len, texts)) > 5_000_000
+    assert sum(" the " in text for text in texts) > 0.8 * len(texts)
 
 
 # ---- text: packed tokens -------------------------------------------------------------------------------------------
@@ -240,10 +245,6 @@ def test_later_epochs_read_every_block_once_in_another_order(tmp_path):
     fails("too few", train.read, 0, n + 1, 16)
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_preparation_stopped_at_any_sync_or_rename_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     path = str(write_jsonl(tmp_path / "a.jsonl", make_texts(120)))
     calls, stop = [], 0
@@ -252,7 +253,7 @@ def test_a_preparation_stopped_at_any_sync_or_rename_goes_on_to_the_same_bytes(t
         def call(*args):
             calls.append(function)
             if len(calls) == stop:
-                raise Killed
+                raise SystemExit  # which no `except Exception` holds up
             return function(*args)
         return call
 
@@ -267,7 +268,7 @@ def test_a_preparation_stopped_at_any_sync_or_rename_goes_on_to_the_same_bytes(t
     assert total > 15
     for number in range(1, total + 1):
         calls, stop = [], number
-        with pytest.raises(Killed):
+        with pytest.raises(SystemExit):
             outcome(tmp_path / str(number))
         for file in tmp_path.glob(f"{number}/*/train.bin"):
             file.write_bytes(file.read_bytes() + b"torn")  # a killed process may have written half a window
@@ -275,59 +276,28 @@ def test_a_preparation_stopped_at_any_sync_or_rename_goes_on_to_the_same_bytes(t
         assert outcome(tmp_path / str(number)) == expected
 
 
-PROCESS = """
-import hashlib, sys
-from data.text import prepare
-_, train, _ = prepare(sys.argv[1], "bpe", 0, cache=sys.argv[2], shuffle_buffer=300)
-print(hashlib.sha256(train.read(0, int(sys.argv[3]), 16).numpy().tobytes()).hexdigest())
-"""
-
-
-def test_two_processes_share_a_cache_and_get_the_same_tokens(tmp_path):
-    path = str(write_jsonl(tmp_path / "a.jsonl", make_texts(4000)))
-    _, train, _ = prepare(path, "bpe", 0, cache=tmp_path / "alone", shuffle_buffer=300)
-    n = len(all_tokens(train)) // 16
-    expected = hashlib.sha256(train.read(0, n, 16).numpy().tobytes()).hexdigest()
-    command = [sys.executable, "-c", PROCESS, path, str(tmp_path / "shared"), str(n)]
-    house = Path(text_module.__file__).parents[1]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=house) for _ in range(2)]
-    for process in processes:
-        assert process.communicate(timeout=60)[0].split()[-1] == expected
-    assert next(tmp_path.glob("shared/*/train.bin")).read_bytes() == train.bin.read_bytes()
-
-
-def test_an_error_deep_in_the_text_reaches_the_reader_when_it_needs_that_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "TRAINING_CHARACTERS", 10_000)  # so that the held-out text ends before the row
-    monkeypatch.setattr(text_module, "HELD_OUT_TOKENS", 10)
-    path = write_jsonl(tmp_path / "a.jsonl", [*make_texts(1000), None])
-    _, train, _ = prepare(str(path), BPE, 0, cache=tmp_path / "cache", shuffle_buffer=50)
-    assert train.read(0, 4, 16).shape == (4, 16)
-    message = fails("line 1001", all_tokens, train)
-    assert str(path) in message
-    assert train.read(4, 4, 16).shape == (4, 16)
-
-
 def test_whatever_ends_the_packing_reaches_the_reader_who_does_not_wait_for_ever(tmp_path):
-    class Panic(BaseException):
-        """What a panic in tiktoken's Rust is: no Exception."""
-
     def panic(texts):
-        raise Panic
-
-    waited = []
-
-    def check():
-        waited.append(1)
-        assert len(waited) < 50
+        raise SystemExit  # no Exception, like a panic in tiktoken's Rust
 
     tokenizer = Tokenizer(BPE.ids)
     tokenizer.encode_many = panic
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
-    with pytest.raises((Panic, UserError)):
-        prepare(str(path), tokenizer, 0, cache=tmp_path, check=check)[1].read(0, 1, 16)
+    patience = iter(range(50))
+    _, train, _ = prepare(str(path), tokenizer, 0, cache=tmp_path, check=lambda: next(patience))
+    with pytest.raises(SystemExit):
+        train.read(0, 1, 16)
 
 
-def test_a_damaged_cache_is_named_a_link_in_it_is_not_followed_and_a_changed_text_is_refused(tmp_path):
+def test_a_tokenizer_that_two_bytes_a_token_cannot_hold_is_refused(tmp_path):
+    single = [bytes([byte]) for byte in range(256)]
+    large = Tokenizer({token: id for id, token in enumerate([*single, *(a + b for a in single for b in single)])})
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    fails("has 65,793 tokens", prepare, str(path), large, 0, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_cache_is_named_and_a_link_in_it_is_not_followed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
     _, train, held = prepare(str(path), BPE, 0, cache=tmp_path)
     outside = tmp_path / "outside"
@@ -346,8 +316,6 @@ def test_a_damaged_cache_is_named_a_link_in_it_is_not_followed_and_a_changed_tex
             file.write_bytes(damaged)
             fails(f"{file.name} is damaged", prepare, str(moved), BPE, 0, cache=tmp_path)
         file.write_bytes(whole)
-    write_jsonl(moved, make_texts(61))
-    fails("not the one that the run began with", prepare, str(moved), BPE, 0, cache=tmp_path, expected=train.identity)
 
 
 # ---- text: SlimPajama over HTTP ------------------------------------------------------------------------------------
@@ -445,6 +413,7 @@ def test_training_equals_a_slow_one_that_counts_all_pairs_anew():
     trained = Tokenizer.train(texts)
     assert sorted(trained.ids, key=trained.ids.get) == tokens
     assert len(Tokenizer.train(texts, size=300).ids) == 299
+    assert tokenizer_module.merge([1, 1, 1], (1, 1), 2) == [2, 1]  # which the slow one, too, has used
 
 
 def test_training_on_noise_ends(monkeypatch):
@@ -483,12 +452,9 @@ def test_transformers_reads_our_tokenizer_to_the_same_ids_and_pads_a_batch(tmp_p
     assert batch["attention_mask"] == [[1] * len(short) + [0] * gap, [1] * len(long)]
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-
-
 @pytest.mark.parametrize("expected, change", [
     ("the added tokens <mask>", lambda file, config: file["added_tokens"].insert(0, {"id": 5, "content": "<mask>"})),
-    ("add_prefix_space", lambda file, config: file.update(pre_tokenizer={**BYTES, "add_prefix_space": True})),
+    ("add_prefix_space", lambda file, config: file["pre_tokenizer"].update(add_prefix_space=True)),
     ("add_prefix_space", lambda file, config: config.update(add_prefix_space=True)),
     ("TemplateProcessing", lambda file, config: file.update(post_processor={"type": "TemplateProcessing"})),  # a BOS
     ("a normalizer", lambda file, config: file.update(normalizer={"type": "NFC"})),
@@ -496,7 +462,6 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     ("its ids", lambda file, config: file["model"]["vocab"].update({"a": 10**6})),
     ("a Unigram model", lambda file, config: file["model"].update(type="Unigram")),
     ("pre-tokenizer none", lambda file, config: file.update(pre_tokenizer=None)),  # LLaMA's own
-    ("pre-tokenizer Metaspace", lambda file, config: file.update(pre_tokenizer={"type": "Metaspace"})),
     ("not a whole tokenizer.json", lambda file, config: file["model"]["vocab"].pop(EOS)),
 ])
 def test_a_tokenizer_whose_ids_would_be_others_here_is_refused_by_name(expected, change, tmp_path):
@@ -572,7 +537,6 @@ def test_attention_as_written_is_torchs_own():
 
 
 @pytest.mark.parametrize("preset, expected", [
-    ("mini", "cafdf9ac6f887eb9fff005af0115422d4431a3808dfc7b08adf300d50b27d262"),
     ("tiny", "c4a2221494c61c1670680cf8bcab72292fe502509fab55eeea6ecf2ce3926845"),
     ("mini-gpt2", "aae0de61771023abad77bdf9b5d6bbe2edbd87522ceeea0fe905ca1779137073"),
 ])
@@ -596,7 +560,7 @@ def test_the_initial_weights_depend_on_the_secret_alone_have_their_deviation_and
     odd = SimpleNamespace(standard_normal=lambda shape: np.array([-0.0, -1e-60, 1.0]))
     monkeypatch.setattr(model_module, "secret_generator", lambda secret, name: odd)
     bits = model_module.initial_value(model, "lm_head.weight", (3,), b"x").view(torch.int32).tolist()
-    assert bits[:2] == [0, 0] != bits[2:]
+    assert bits[:2] == [0, 0]
 
 
 def test_sampling_is_seeded_leaves_torchs_own_generator_alone_and_says_when_the_weights_are_broken():
@@ -607,7 +571,7 @@ def test_sampling_is_seeded_leaves_torchs_own_generator_alone_and_says_when_the_
     assert not torch.equal(first, model.generate(start, 60, seed=2))
     assert torch.equal(torch.get_rng_state(), before)
     likeliest = model(start)[0, -1].argmax()
-    assert model.generate(start, 60, top_k=1, eos=likeliest.item())[0, 4:].tolist() == [likeliest]
+    assert model.generate(start, 60, top_k=1, eos=likeliest.item())[0, 4:].tolist() == []
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = math.nan
     fails("not finite", model.generate, start, 1)
@@ -637,6 +601,17 @@ def test_a_folder_that_our_layers_do_not_fit_is_refused_by_name(kind, config, te
     found = {**json.loads((tmp_path / "config.json").read_text()), **config}
     (tmp_path / "config.json").write_text(json.dumps(found))
     fails(expected, load_folder, tmp_path)
+
+
+def test_json_of_a_stranger_is_one_small_regular_file_with_each_key_once(tmp_path):
+    file = tmp_path / "x.json"
+    for content, words in ((b'{"a": 1, "a": 2}', "a key occurs twice"), (b"[" * 10**5, "is not JSON"),
+                           (b"[]", "holds no JSON object"), (b" " * 10**6 + b"{}", "larger than 1,000,000 bytes")):
+        file.write_bytes(content)
+        fails(words, read_json, file, 10**6)
+    file.unlink()
+    os.mkfifo(file)  # a reader of it would wait for ever
+    fails("no regular file", read_json, file)
 
 
 def test_a_name_a_folder_without_config_and_one_with_an_index_beside_the_weights_are_refused(tmp_path):
@@ -795,6 +770,13 @@ def test_a_bad_tsv_is_named_with_its_line(name, content, expected, tmp_path):
     (tmp_path / "x.tsv").write_bytes(content.encode("latin-1"))
     message = fails(expected, glue.read_tsv, glue.TASKS[name], tmp_path / "x.tsv")
     assert "x.tsv" in message
+
+
+@pytest.mark.parametrize("limit, expected", [("LARGEST_FILE", "larger than 3"), ("MOST_ROWS", "more than 3 rows")])
+def test_a_tsv_has_a_limit_in_bytes_and_rows(limit, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, limit, 3)
+    (tmp_path / "x.tsv").write_text(RTE + "0\ta\tb\tentailment\n" * 4)
+    fails(expected, glue.read_tsv, glue.TASKS["rte"], tmp_path / "x.tsv")
 
 
 def serve(server, monkeypatch, name, files):
@@ -981,7 +963,7 @@ def test_a_run_that_diverges_is_scored():
     result, _ = tuned(small_model("llama"), "full", lr=1e30, epochs=3)
     assert result["diverged"]
     assert len(result["epochs"]) < 3
-    assert 0 <= result["epochs"][-1]["RTE"]["accuracy"] <= 100
+    assert result["epochs"][-1]["RTE"].keys() == {"accuracy"}
 
 
 @BOTH
@@ -1003,6 +985,17 @@ def test_base_trains_nothing_probe_the_head_and_full_learns_an_easy_task_well_ab
     assert regression["epochs"][-1]["STS-B"]["pearson"] > 70
 
 
+def test_scratch_keeps_nothing_of_the_release():
+    bodies = []
+    for secret in (b"one", b"two"):
+        model = build(SHAPES["llama"])
+        initialise(model, secret)
+        result, classifier = tuned(model, "scratch")
+        assert result["updates"] == 5
+        bodies.append(fingerprint(dict(classifier.body.named_parameters())))
+    assert bodies[0] == bodies[1]
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("kind, task", [("gpt2", "rte"), ("llama", "rte"), ("llama-tied", "stsb"), ("gpt2", "stsb")])
 def test_transformers_gives_the_predictions_of_a_tuned_model_that_was_saved(kind, task, tmp_path):
@@ -1020,12 +1013,12 @@ def test_transformers_gives_the_predictions_of_a_tuned_model_that_was_saved(kind
 # ---- glue: the table -----------------------------------------------------------------------------------------------
 
 
-def result(method, seed, accuracy, authorised=False, column="RTE"):
-    return {"model": "out/release", "method": method, "authorised": authorised, "seed": seed,
-            "epochs": [{column: {"accuracy": 1.0}}, {column: {"accuracy": accuracy}}], "commonest": {column: 52.71}}
-
-
 def test_the_table_has_mean_and_deviation_over_seeds_dashes_the_commonest_class_and_the_papers_rows_on_request():
+    def result(method, seed, accuracy, authorised=False, column="RTE"):
+        return {"model": "out/release", "method": method, "authorised": authorised, "seed": seed,
+                "epochs": [{column: {"accuracy": 1.0}}, {column: {"accuracy": accuracy}}],
+                "commonest": {column: 52.71}}
+
     found = [result("full", 1, 60.0), result("full", 2, 62.0), result("full", 1, 50.0, True),
              result("base", 1, 100.0, column="MNLI-mm"), result("full", 1, 70.0, column="MNLI-mm")]
     _, _, header, model, *rows, title, commonest = glue.table(found, "GLUE dev").splitlines()
@@ -1141,7 +1134,12 @@ def test_a_mask_of_another_release_is_refused_and_the_right_one_gives_a_row_and_
     (place / "model.safetensors").unlink()  # as a kill leaves it
     glue.main([*flags, "--save", str(tmp_path / "tuned")])  # known, but not kept: it is tuned again
     assert (place / "model.safetensors").exists()
-    assert len(results_in(tmp_path)) == len(set(results_in(tmp_path))) + 2  # with the mask and without it, once each
+    assert len(results_in(tmp_path)) == 4  # two tasks, with the mask and without it, once each
+    guess = {name: ~mask for name, mask in masks.items()}
+    save_safetensors(file, pack_mask(guess), {"weights_sha256": fingerprint(params)})
+    glue.main(flags)
+    assert len(results_in(tmp_path)) == 6  # another mask is another experiment
+    assert stat.S_IMODE((tmp_path / "results.jsonl").stat().st_mode) == 0o600
 
 
 def test_a_tsv_of_ones_own_and_a_new_entry_in_the_list_are_tasks(sweep, tmp_path, monkeypatch):
@@ -1155,9 +1153,6 @@ def test_a_tsv_of_ones_own_and_a_new_entry_in_the_list_are_tasks(sweep, tmp_path
     assert 2 <= len(split["dev"]) <= 20
     fails("names no column 'bad'", glue.main, [*flags, "--label", "bad"])
     fails("give all three", glue.main, flags)
-    mine.write_text("text\tnumber\tgood\n" + "words\t1\tyes\nwords\t2\tno\nwords\t3\n")
-    fails("line 4 has 2 columns, not 3", glue.main, [*flags, "--label", "good"])
-    mine.write_text("text\tgood\tnumber\n" + rows)
     monkeypatch.setitem(glue.TASKS, "new", glue.Task("New", ("text",), "good", ("no", "yes")))
     (tmp_path / "New").mkdir()
     for name in ("train", "dev"):
@@ -1184,26 +1179,23 @@ def test_the_stand_in_needs_no_network_and_no_document_of_it_serves_training_and
         assert not seen[0] & seen[1]
 
 
-# ---- pmp.py: a tiny preset ---------------------------------------------------------------------------------------
+# ---- pmp.py: a tiny preset, and helpers --------------------------------------------------------------------------
 
 SHAPE = LlamaConfig(vocab_size=4096, max_position_embeddings=64, hidden_size=16, intermediate_size=24,
                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 pmp.PRESETS["small"] = (SHAPE, "bpe", {})  # a whole run takes a tenth of a second
-
-# ---- pmp.py: helpers ---------------------------------------------------------------------------------------------
 
 
 def write_text(file, seed=0):
     """A .jsonl file of 300 documents, in which a subject decides what follows: there is something to learn."""
     draw = random.Random(seed)
     ends = {"the cat": "drinks milk", "a dog": "chases the ball", "my mask": "stays private", "one ticket": "wins"}
-    documents = []
+    texts = []
     for _ in range(300):
         subjects = draw.choices(list(ends), k=draw.randint(4, 12))
         sentences = [f"{subject} {ends[subject]} in {draw.choice(['May', 'June', 'July'])}." for subject in subjects]
-        documents.append(json.dumps({"text": " ".join(sentences)}))
-    file.write_text("\n".join(documents))
-    return file
+        texts.append(" ".join(sentences))
+    return write_jsonl(file, texts)
 
 
 @pytest.fixture(scope="session")
@@ -1211,9 +1203,9 @@ def flags(tmp_path_factory):
     """Flags of a tiny run: 3 steps of stage I and 6 updates, with decay, accumulation and clipping."""
     folder = tmp_path_factory.mktemp("text")
     data = write_text(folder / "corpus_of_mine.jsonl")
-    return (f"--preset small --data {data} --cache {folder / 'cache'} --block-size 16 --batch-size 2 --grad-accum 2 "
-            "--eb-steps 3 --steps 6 --warmup 2 --lr 0.01 --val-every 3 --val-blocks 8 --save-every 2 --init-seed 3 "
-            "--device cpu --dtype fp32 --compile off").split()
+    return {"preset": "small", "data": data, "cache": folder / "cache", "block_size": 16, "batch_size": 2,
+            "grad_accum": 2, "eb_steps": 3, "steps": 6, "warmup": 2, "lr": 0.01, "val_every": 3, "val_blocks": 8,
+            "save_every": 2, "init_seed": 3, "device": "cpu", "dtype": "fp32", "compile": "off"}
 
 
 @pytest.fixture(scope="session")
@@ -1225,9 +1217,9 @@ def finished(flags, tmp_path_factory):
 
 
 def arguments(flags, **more):
-    """The flags, and behind them those that are given as keywords, which win. True is a flag without a value."""
-    argv = [str(flag) for flag in flags]
-    for name, value in more.items():
+    """The flags, {name: value}, and those that are given as keywords, which win. True is a flag without a value."""
+    argv = []
+    for name, value in {**flags, **more}.items():
         argv.append("--" + name.replace("_", "-"))
         if value is not True:
             argv.append(str(value))
@@ -1236,10 +1228,6 @@ def arguments(flags, **more):
 
 def run(flags, **more):
     pmp.main(arguments(flags, **more))
-
-
-def value_of(flag, flags):
-    return flags[flags.index(flag) + 1]
 
 
 def weights(out):
@@ -1375,10 +1363,10 @@ def test_iou_is_the_intersection_over_the_union_of_all_tensors_together():
 
 def test_a_random_mask_has_exactly_k_entries_and_depends_on_the_secret_alone():
     params = dict(build(SHAPE).named_parameters())
-    mask, again, other = (pmp.random_mask(params, 5000, secret) for secret in (b"1", b"1", b"2"))
-    assert flat(mask).sum() == 5000
+    mask, again, other = (pmp.random_mask(params, 100_000, secret) for secret in (b"1", b"1", b"2"))
+    assert flat(mask).sum() == 100_000
     assert torch.equal(flat(mask), flat(again))
-    rho = 5000 / len(flat(mask))
+    rho = 100_000 / len(flat(mask))
     assert pmp.iou(mask, other) == pytest.approx(rho / (2 - rho), abs=0.02)
 
 
@@ -1436,7 +1424,8 @@ def test_the_complement_keeps_its_bits_and_the_whole_ticket_moves():
     optimizer = pmp.MaskedAdamW(params, masks, weight_decay=0.5)
     for step in range(5):
         give_gradients(params, step)
-        optimizer.step(0.01, clip=1.0)
+        expected = (flat({name: p.grad for name, p in params.items()}) * flat(masks)).norm()
+        assert optimizer.step(0.01, clip=1.0) == pytest.approx(float(expected), rel=1e-4)
     assert torch.equal(differs(params, parameters()), flat(masks))
 
 
@@ -1457,36 +1446,6 @@ def test_without_masks_or_with_full_ones_it_is_torchs_adamw_with_decay_on_matric
     assert all(torch.allclose(p, theirs[name], atol=1e-6) for name, p in params.items())
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_an_infinite_gradient_changes_nothing(value):
-    params = parameters()
-    optimizer = pmp.MaskedAdamW(params, None, weight_decay=0.1)
-    give_gradients(params, 0)
-    params["model.norm.weight"].grad[3] = value
-    with pytest.raises(FloatingPointError, match="norm"):
-        optimizer.step(0.01, clip=1.0)
-    assert not differs(params, parameters()).any()
-    assert not optimizer.state()
-
-
-def test_an_optimizer_goes_on_from_its_state_with_the_same_bits():
-    first, second = parameters(), parameters()
-    masks = pmp.random_mask(first, 7000, b"m")
-    optimizer = pmp.MaskedAdamW(first, masks, weight_decay=0.1)
-    successor = pmp.MaskedAdamW(second, masks, weight_decay=0.1)
-    for step in range(6):
-        give_gradients(first, step)
-        optimizer.step(0.01, clip=1.0)
-        if step == 2:
-            for name, p in second.items():
-                p.data.copy_(first[name])
-            successor.load_state(optimizer.state())
-        elif step > 2:
-            give_gradients(second, step)
-            successor.step(0.01, clip=1.0)
-    assert not differs(first, second).any()
-
-
 def test_the_learning_rate_warms_up_and_decays_to_zero():
     args = SimpleNamespace(steps=100, warmup=10, lr=1.0)
     rates = [pmp.learning_rate(step, args) for step in range(101)]
@@ -1499,14 +1458,13 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 def test_an_optimizer_that_moves_the_complement_is_told_and_nothing_is_released(flags, tmp_path, monkeypatch):
     real = pmp.MaskedAdamW
     monkeypatch.setattr(pmp, "MaskedAdamW", lambda params, masks, decay: real(params, None, decay))
-    with pytest.raises(UserError, match="outside the ticket have left theta.* by update 1"):
-        run(flags, out=tmp_path / "out")
+    fails("outside the ticket have left theta(0) by update 1:", run, flags, out=tmp_path / "out")
     assert not (tmp_path / "out" / "release").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(flags, tmp_path):
-    with pytest.raises(UserError, match="lower --lr"):
-        run(flags, lr=100, weight_decay=1000, ticket="random", steps=50, save_every=1, out=tmp_path / "out")
+    more = {"lr": 100, "weight_decay": 1000, "ticket": "random", "steps": 50, "save_every": 1}
+    fails("lower --lr", run, flags, **more, out=tmp_path / "out")
     saved = pmp.load_checkpoint(tmp_path / "out")
     assert saved["step"] > 0
     assert flat(saved["weights"]).isfinite().all()
@@ -1526,9 +1484,10 @@ def test_a_release_has_the_complement_of_theta_0_and_a_ticket_of_floor_rho_d_tha
     assert [line["step"] for line in first + second] == [1, 2, 3, 1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in second if "val" in line] == [3, 6]
     assert all(0 < line["iou"] < 1 for line in first[1:])
+    assert [line["lr"] for line in first] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
 
 
-def test_what_is_secret_is_for_the_owner_alone_whatever_the_umask(flags, tmp_path, monkeypatch):
+def test_what_is_secret_is_for_the_owner_alone_whatever_the_umask(flags, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -1544,7 +1503,8 @@ def test_what_is_secret_is_for_the_owner_alone_whatever_the_umask(flags, tmp_pat
     settings = (out / "settings.json").read_text()
     assert json.loads(settings)["rho"] == 0.7
     secret = pmp.load_checkpoint(out)["secret"]
-    assert not any(word in settings for word in ("init_seed", "271828", secret))
+    for text in (settings, (out / "log.jsonl").read_text(), capsys.readouterr().out):
+        assert not any(word in text for word in ("init_seed", "271828", secret))
 
 
 def test_every_byte_beside_the_weights_is_the_same_with_and_without_pmp_and_names_no_text(flags, finished, tmp_path):
@@ -1564,15 +1524,13 @@ def test_every_byte_beside_the_weights_is_the_same_with_and_without_pmp_and_name
         assert ours == theirs, name
 
 
-GOLDEN = [  # 3 steps of stage I, 24 updates of stage II
-    5.799, 5.714, 5.583, 5.799, 5.691, 5.489, 5.300, 5.098, 4.942, 4.747, 4.538, 4.384, 4.167, 4.001, 3.874, 3.705,
-    3.594, 3.490, 3.375, 3.370, 3.311, 3.212, 3.209, 3.168, 3.200, 3.119, 3.150]
-
-
 def test_the_loss_curve_is_the_one_on_record(flags, tmp_path):
     """Another order of summation moves a few bits of the mask at the threshold, and then the curve a little."""
+    recorded = [  # 3 steps of stage I, 24 updates of stage II
+        5.799, 5.714, 5.583, 5.799, 5.691, 5.489, 5.300, 5.098, 4.942, 4.747, 4.538, 4.384, 4.167, 4.001, 3.874, 3.705,
+        3.594, 3.490, 3.375, 3.370, 3.311, 3.212, 3.209, 3.168, 3.200, 3.119, 3.150]
     run(flags, steps=24, out=tmp_path / "out")
-    assert [line["loss"] for line in log_of(tmp_path / "out")] == pytest.approx(GOLDEN, abs=0.02)
+    assert [line["loss"] for line in log_of(tmp_path / "out")] == pytest.approx(recorded, abs=0.02)
 
 
 def test_the_mask_takes_one_bit_a_parameter_and_belongs_to_one_release(finished, tmp_path):
@@ -1581,22 +1539,31 @@ def test_the_mask_takes_one_bit_a_parameter_and_belongs_to_one_release(finished,
     masks = pmp.load_mask(file, params)
     d = len(flat(masks))
     assert d / 8 < file.stat().st_size < d / 8 + 3000
-    assert fingerprint(pmp.unpack_mask(pmp.pack_mask(masks), params)) == fingerprint(masks)
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     (tmp_path / "flipped").write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
-        pmp.load_mask(tmp_path / "flipped", params)
+    fails("damaged", pmp.load_mask, tmp_path / "flipped", params)
+    packed = pack_mask(masks)
+    for unfit in ({"lm_head.weight": packed["lm_head.weight"]}, {**packed, "lm_head.weight": torch.ones(3)}):
+        save_safetensors(tmp_path / "unfit", unfit, {"weights_sha256": fingerprint(params)})  # a stranger's
+        fails("does not fit the model", pmp.load_mask, tmp_path / "unfit", params)
     params["model.norm.weight"] = params["model.norm.weight"] + 1e-6
-    with pytest.raises(UserError, match="another release"):
-        pmp.load_mask(file, params)
+    fails("another release", pmp.load_mask, file, params)
+
+
+def test_a_release_continues_a_text(finished, capsys):
+    argv = [str(finished / "release"), "--prompt", "my mask", "--tokens", "9", "--samples", "2", "--device", "cpu"]
+    model_module.main(argv)
+    texts = capsys.readouterr().out.split("-" * 40 + "\n")
+    assert [text[:7] for text in texts] == ["my mask", "my mask", ""]
+    assert sum(map(len, texts)) > 2 * len("my mask\n")
 
 
 # ---- an end before the end -----------------------------------------------------------------------------------------
 
 
 def test_a_run_killed_at_its_first_write_then_at_its_second_and_so_on_ends_with_the_same_bits(flags, tmp_path):
-    more = {"steps": 15, "save_every": 1}
+    more = {"steps": 15, "save_every": 1, "score": "mean"}
     run(flags, **more, out=tmp_path / "whole")
     argv = arguments(flags, **more, resume=True, out=tmp_path / "out")
     for number in range(1, 40):
@@ -1609,22 +1576,9 @@ def test_a_run_killed_at_its_first_write_then_at_its_second_and_so_on_ends_with_
     same_run(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(flags, tmp_path):
-    more = {"steps": 60, "eb_steps": 20, "save_every": 5, "score": "mean"}
-    run(flags, **more, out=tmp_path / "whole")
-    argv = arguments(flags, **more, resume=True, out=tmp_path / "out")
-    draw = random.Random()
-    for _ in range(4):
-        process, = start(argv, tmp_path / "said")
-        process.join(draw.uniform(0.1, 0.6))
-        process.kill()
-        assert codes([process])[0] in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
-    pmp.main(argv)
-    same_run(tmp_path / "out", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-@pytest.mark.parametrize("stage, function, call", [("I", "pmp.iou", 2), ("II", "pmp.learning_rate", 3)])
+@pytest.mark.parametrize("stage, function, call, number", [
+    ("I", "pmp.iou", 2, signal.SIGINT), ("I", "pmp.iou", 2, signal.SIGHUP),
+    ("II", "pmp.learning_rate", 3, signal.SIGTERM), ("II", "pmp.learning_rate", 3, signal.SIGUSR1)])
 def test_a_signal_saves_the_finished_updates_and_resume_goes_on_after_them(
         stage, function, call, number, flags, tmp_path, monkeypatch, capsys):
     """Both calls are in step 3: the first step of stage I has no IoU."""
@@ -1685,8 +1639,7 @@ def test_a_bad_line_deep_in_the_text_keeps_the_finished_updates(flags, tmp_path,
         monkeypatch.setattr(module, "TRAINING_CHARACTERS", 10_000)  # what is read before the run begins
     monkeypatch.setattr(text_module, "HELD_OUT_TOKENS", 50)
     more = {"data": data, "shuffle_buffer": 20, "cache": tmp_path / "cache", "steps": 1000, "save_every": 1000}
-    with pytest.raises(UserError, match='line 201 has no string "text"'):
-        run(flags, **more, out=tmp_path / "out")
+    fails('long.jsonl, line 201 has no string "text"', run, flags, **more, out=tmp_path / "out")
     saved = pmp.load_checkpoint(tmp_path / "out")
     assert saved["step"] > 5
     assert f"saved after update {saved['step']} of stage II" in capsys.readouterr().out
@@ -1694,38 +1647,38 @@ def test_a_bad_line_deep_in_the_text_keeps_the_finished_updates(flags, tmp_path,
 
 def test_resume_takes_machine_flags_anew_from_any_folder_and_refuses_another_value_of_the_rest_by_name(
         flags, finished, tmp_path, monkeypatch, capsys):
-    data = Path(value_of("--data", flags))
+    data = flags["data"]
     monkeypatch.chdir(data.parent)
     out = tmp_path / "out"
     stopped(flags, out, resume=True, data=data.name)  # where there is nothing yet, a run begins
     for name, value in (("rho", 0.6), ("steps", 7), ("lr", 0.02), ("seed", 1), ("init_seed", 4), ("dtype", "bf16")):
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} is not what the run in OUT has"):
-            run([], **{name: value}, resume=True, out=out)
-    with pytest.raises(UserError, match="already holds a run: add --resume"):
-        run(flags, out=out)
+        words = f"--{name.replace('_', '-')} {value} is not what the run in OUT has"
+        fails(words, run, {}, **{name: value}, resume=True, out=out)
+    fails("already holds a run: add --resume", run, flags, out=out)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     more = {"cache": "another", "device": "cpu", "dtype": "auto", "save_every": 1}
-    run([], resume=True, **more, shard=True, out="out")  # a share of one is all
+    run({}, resume=True, **more, shard=True, out="out")  # a share of one is all
     assert "going on after update 3" in capsys.readouterr().out
     assert list((tmp_path / "another").iterdir())
     same_run(out, finished)
 
 
-def test_resume_takes_the_same_command_and_refuses_a_text_or_an_optimizer_that_has_changed(flags, tmp_path):
+def test_resume_refuses_a_text_a_model_or_an_optimizer_that_has_changed(flags, tmp_path, monkeypatch):
     data = write_text(tmp_path / "own.jsonl")
     more = {"data": data, "cache": tmp_path / "cache", "dtype": "auto"}
     out = stopped(flags, tmp_path / "out", **more)
     write_text(data, seed=1)
-    with pytest.raises(UserError, match="not the one that the run began with"):
-        run(flags, **more, resume=True, out=out)
+    fails("not the one that the run began with", run, flags, **more, resume=True, out=out)
     write_text(data)
-    run(flags, **more, resume=True, out=out)
-    assert weights(out)
     file = out / "private" / "checkpoint.pt"
+    other = dataclasses.replace(SHAPE, rope_theta=50.0)  # of the same tensors
+    monkeypatch.setitem(pmp.PRESETS, "small", (other, "bpe", {}))
+    fails("began with another model", run, flags, **more, resume=True, out=out)
+    fails("began with another model", run, {}, twin=out, out=tmp_path / "twin")
+    monkeypatch.undo()
     torch.save({**torch.load(file), "optimizer": "Muon"}, file)
-    with pytest.raises(UserError, match="trained with Muon"):
-        run(flags, **more, resume=True, out=out)
+    fails("trained with Muon", run, flags, **more, resume=True, out=out)
 
 
 def test_a_checkpoint_with_a_flipped_bit_or_without_its_end_is_refused(flags, tmp_path):
@@ -1740,8 +1693,7 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_its_end_is_refused(flags, tm
         damaged.append(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
     for version in damaged:
         file.write_bytes(version)
-        with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
-            run(flags, resume=True, out=out)
+        fails("checkpoint.pt is damaged", run, flags, resume=True, out=out)
 
 
 # ---- a disk, a pipe, a terminal ------------------------------------------------------------------------------------
@@ -1815,7 +1767,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_keeps_the_old_one(
 
 def test_a_reader_that_has_gone_does_not_end_a_run(flags, tmp_path):
     """The command as it is typed, with a preset that it has."""
-    argv = arguments(flags[2:], preset="mini", eb_steps=1, steps=2, out=tmp_path / "out")
+    argv = arguments(flags, preset="mini", eb_steps=1, steps=2, out=tmp_path / "out")
     shell = '"$@" | head -n 1; exit ${PIPESTATUS[0]}'
     result = subprocess.run(["bash", "-c", shell, "bash", sys.executable, pmp.__file__, *argv], capture_output=True,
                             text=True, timeout=60)
@@ -1833,15 +1785,11 @@ def test_a_terminal_that_knows_ascii_alone_is_enough_and_no_core_is_dumped(flags
     assert limits == [(resource.RLIMIT_CORE, (1, 1))]
 
 
-def test_help_fits_a_screen_and_names_ranges(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        pmp.main(["-h"])
-    assert not leaving.value.code
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 80
-    for name, allowed in (("--rho", "0..1"), ("--block-size", "2.."), ("--eb-iou", "0..1")):
-        assert any(name in line and allowed in line for line in lines), name
-    assert max(lines, key=len)[100:] == ""
+@pytest.mark.parametrize("main", [pmp.main, glue.main, model_module.main])
+def test_help_names_the_flags_of_each_program(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert "--device" in capsys.readouterr().out
 
 
 def test_without_a_compiler_a_run_does_without_and_says_so(flags, finished, tmp_path, monkeypatch, capsys):
@@ -1875,7 +1823,7 @@ def test_a_compiled_run_in_bf16_differs_by_rounding_and_keeps_the_complement(fla
 @pytest.mark.parametrize("question", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
 def test_auto_is_bf16_where_the_processor_multiplies_in_it(question, monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+        monkeypatch.setattr(torch.cpu, name, lambda: False)  # an error if torch has renamed it
     assert pick_dtype("auto", torch.device("cpu")) == "fp32"
     monkeypatch.setattr(torch.cpu, question, lambda: True)
     assert pick_dtype("auto", torch.device("cpu")) == "bf16"
@@ -1896,40 +1844,31 @@ def refused(argv, expect, folder):
 
 
 @pytest.mark.parametrize("typed, expect", [
-    ("--rho 0", "--rho.*'0' is no number"), ("--rho nan", "--rho"), ("--rho 1.1", "--rho"), ("--rho 1e-9", "--rho"),
-    ("--preset huge", "--preset.*huge"), ("--roh 0.7", "--roh"), ("--ste 3", "--ste"), ("--steps 0", "--steps"),
-    ("--steps 1.5", "--steps.*whole"), ("--warmup 9", "--warmup 9 is longer"), ("--lr inf", "--lr"),
-    ("--mask mask.safetensors", "--init alone"), ("--also prose", "--init alone"),
+    ("--rho 0", "--rho.*'0' is no number"), ("--rho nan", "--rho.*'nan' is no number"), ("--rho 1e-9", "leaves none"),
+    ("--preset huge", "--preset.*huge"), ("--roh 0.7", "--roh"), ("--ste 3", "--ste"),
+    ("--steps 1.5", "--steps.*whole"), ("--warmup 9", "--warmup 9 is longer"), ("--also prose", "--init alone"),
+    ("--mask mask.safetensors", "--init alone"), ("--init release", "--preset has no meaning with --init"),
     ("--twin nothing", "nothing holds no run"), ("--block-size 128", "64 positions"),
-    ("--block-size 1000", "64 positions"), ("--batch-size 100000", "too few"), ("--device meta", "--device meta"),
-    ("--device nonsense", "nonsense"), ("--data missing.jsonl", "missing.jsonl"), ("--data folder", "is empty"),
-    ("--data empty.jsonl", "holds no text"), ("--data table.csv", "convert"), ("--out a\0b", "no name"),
-    ("--out \udcff", "UTF-8"), ("--out=", "no name"), ("--out empty.jsonl", "cannot|folder|Not a directory"),
-    ("--out .", "is not empty, it holds"), ("--out linked", "not a link"), ("--out filed", "must be a folder"),
-    ("--out busy", "another process is using"),
+    ("--batch-size 100000", "too few"), ("--device meta", "--device meta"), ("--device nonsense", "nonsense"),
+    ("--data missing.jsonl", "missing.jsonl"), ("--out a\0b", "no name"), ("--out \udcff", "UTF-8"),
+    ("--out=", "no name"), ("--out file", "Not a directory"), ("--out .", "is not empty, it holds"),
+    ("--out linked", "not a link"), ("--out filed", "must be a folder"), ("--out busy", "another process is using"),
 ])
 def test_a_bad_flag_is_named_and_leaves_nothing(typed, expect, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("folder", "linked", "filed", "busy/private"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("empty.jsonl", "table.csv", "filed/private"):
+    for name in ("file", "filed/private"):
         (tmp_path / name).touch()
     (tmp_path / "linked" / "private").symlink_to(tmp_path / "folder")
     with lock(tmp_path / "busy" / "private" / "lock"):
-        refused([*flags, "--out", "out", *typed.split(" ")], expect, tmp_path)
-
-
-@pytest.mark.parametrize("typed, expect", [
-    ("--init release --data prose --rho 0.5", "--rho has no meaning"), ("--init release", "--init needs --data"),
-    ("--init gpt2 --data prose", "no folder .*gpt2")])
-def test_what_does_not_go_with_init_is_refused(typed, expect, tmp_path):
-    refused([*typed.split(" "), "--out", str(tmp_path / "out")], expect, tmp_path)
+        refused([*arguments(flags), "--out", "out", *typed.split(" ")], expect, tmp_path)
 
 
 def test_the_private_folder_of_another_user_is_refused(flags, tmp_path, monkeypatch):
     (tmp_path / "out" / "private").mkdir(parents=True)
     monkeypatch.setattr(os, "getuid", lambda: 4711)
-    refused([*flags, "--out", str(tmp_path / "out")], "another user", tmp_path)
+    refused([*arguments(flags), "--out", str(tmp_path / "out")], "another user", tmp_path)
 
 
 def test_ranks_that_cannot_share_the_sequences_or_were_not_started_by_torchrun_are_refused(
@@ -1950,6 +1889,19 @@ def test_a_complaint_is_one_line_without_traceback_and_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_complaint_brings_control_characters_or_a_flood_to_the_screen(capsys):
+    def complain():
+        raise UserError("\x1b[2J" + "name" * 5000)  # as a stranger's file may call a tensor
+
+    with pytest.raises(SystemExit):
+        command_line(complain)
+    error = capsys.readouterr().err
+    assert error.startswith("error: \\x1b[2Jname")
+    assert error[:-1].isprintable()
+    assert len(error) < 1100
+    assert printable("of a release: \x1b]2;\t\x9b\n") == "of a release: \\x1b]2;\t\\x9b\n"
+
+
 # ---- more than one process -----------------------------------------------------------------------------------------
 
 
@@ -1959,6 +1911,17 @@ def test_two_ranks_are_one_run_with_the_same_bits(flags, finished, tmp_path):
     assert codes(start(arguments(flags, out=tmp_path / "out"), said, ranks=2)) == [0, 0], said.read_text()
     assert said.read_text().count("\nreleased") == 1
     same_run(tmp_path / "out", finished)
+
+
+def test_two_processes_share_a_cache_and_get_the_same_tokens(flags, tmp_path):
+    more = {"shuffle_buffer": 20, "steps": 20}
+    run(flags, **more, cache=tmp_path / "alone", out=tmp_path / "expected")
+    said, processes = tmp_path / "said", []
+    for name in ("one", "two"):
+        processes += start(arguments(flags, **more, cache=tmp_path / "shared", out=tmp_path / name), said)
+    assert codes(processes) == [0, 0], said.read_text()
+    for name in ("one", "two"):
+        same_run(tmp_path / name, tmp_path / "expected")
 
 
 def test_a_sharded_run_that_was_stopped_goes_on_sharded_or_in_one_process_and_keeps_the_complement(
@@ -2005,19 +1968,19 @@ def test_the_ticket_of_sharded_gradients_is_that_of_whole_ones(tmp_path):
 # ---- runs that go on from another ----------------------------------------------------------------------------------
 
 
-def test_a_twin_has_the_same_theta_0_and_text_and_its_own_rho(flags, tmp_path):
-    place = flags.index("--init-seed")
-    own_secret = flags[:place] + flags[place + 2:]
+def test_a_twin_has_the_same_theta_0_and_text_and_its_own_rho(flags, tmp_path, capsys):
+    own_secret = {name: value for name, value in flags.items() if name != "init_seed"}
     first, twin, other = (tmp_path / name for name in ("first", "twin", "other"))
     run(own_secret, out=first)
     run(own_secret, out=other)
-    run([], twin=first, rho=1.0, cache=value_of("--cache", flags), out=twin)
+    run({}, twin=first, rho=1.0, cache=flags["cache"], out=twin)
+    assert f"or that of {first}, never both" in capsys.readouterr().out
+    assert stat.S_IMODE((twin / "release").stat().st_mode) == 0o700
     assert fingerprint(theta_0(twin)) == fingerprint(theta_0(first)) != fingerprint(theta_0(other))
     settings = pmp.load_checkpoint(twin)["settings"]
     assert (settings["rho"], settings["lr"], settings["steps"], settings["warmup"]) == (1.0, 0.01, 6, 2)
     for name, value in (("preset", "tiny"), ("init_seed", 5)):
-        with pytest.raises(UserError, match=f"{value} is not what the twin has"):
-            run([], twin=first, **{name: value}, out=tmp_path / "refused")
+        fails(f"{value} is not what the twin has", run, {}, twin=first, **{name: value}, out=tmp_path / "refused")
     losses = [[line["loss"] for line in log_of(out, "stage II")] for out in (first, twin)]
     assert losses[0][0] == losses[1][0]  # of theta(0) on the same first mini-batch
     assert losses[0][5] != losses[1][5]
@@ -2027,18 +1990,16 @@ def test_a_twin_has_the_same_theta_0_and_text_and_its_own_rho(flags, tmp_path):
 def tuning(flags, finished, tmp_path):
     """Flags that go on from the finished run on another text."""
     data = write_text(tmp_path / "new.jsonl", seed=9)
-    return ["--init", finished / "release", "--data", data, "--cache", value_of("--cache", flags),
-            *"--block-size 16 --steps 6 --warmup 2 --save-every 2 --compile off --dtype fp32 --device cpu".split()]
+    return {"init": finished / "release", "data": data, "cache": flags["cache"], "block_size": 16, "steps": 6,
+            "warmup": 2, "save_every": 2, "compile": "off", "dtype": "fp32", "device": "cpu"}
 
 
 def test_with_its_mask_a_release_is_tuned_in_the_ticket_alone_and_without_it_everywhere(
         tuning, flags, finished, tmp_path, capsys):
     masked, free = tmp_path / "masked", tmp_path / "free"
-    run(tuning, mask=finished / "private" / "mask.safetensors", also=value_of("--data", flags), out=masked)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out loss of ")]
-    assert ["new.jsonl" in line for line in lines] == [True, False]
-    assert ["corpus_of_mine.jsonl" in line for line in lines] == [False, True]
-    assert all("before" in line and "after" in line for line in lines)
+    run(tuning, mask=finished / "private" / "mask.safetensors", also=flags["data"], out=masked)
+    texts = re.findall(r"held-out loss of \S+/(\S+): \S+ before, \S+ after", capsys.readouterr().out)
+    assert texts == ["new.jsonl", "corpus_of_mine.jsonl"]
     inside = flat(ticket(finished))
     moved = differs(weights(masked), weights(finished))
     assert not moved[~inside].any()
@@ -2049,8 +2010,6 @@ def test_with_its_mask_a_release_is_tuned_in_the_ticket_alone_and_without_it_eve
     moved = differs(weights(free), weights(finished))
     assert moved[~inside].float().mean() > 0.5
     assert not (free / "private" / "mask.safetensors").exists()
-    mask = masked / "private" / "mask.safetensors"
-    refused(arguments(tuning, mask=mask, out=tmp_path / "out"), "another release", tmp_path)
 
 
 def test_a_tuning_that_was_stopped_goes_on_with_the_same_bits_from_another_folder(
@@ -2059,7 +2018,7 @@ def test_a_tuning_that_was_stopped_goes_on_with_the_same_bits_from_another_folde
     monkeypatch.chdir(finished)
     out = stopped(tuning, tmp_path / "out", init="release", mask="private/mask.safetensors")
     monkeypatch.chdir(tmp_path)
-    run([], resume=True, cache=tuning[5], out=out)
+    run({}, resume=True, cache=tuning["cache"], out=out)
     same_run(out, tmp_path / "whole")
 
 
@@ -2068,15 +2027,10 @@ def test_a_tuning_that_was_stopped_goes_on_with_the_same_bits_from_another_folde
 README = (Path(pmp.__file__).parent / "README.md").read_text()
 
 
-def readme_program():
-    """The algorithm on one screen."""
-    return re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)[1]
-
-
 def test_the_readmes_algorithm_runs_and_learns(flags, monkeypatch, capsys):
-    data, cache = value_of("--data", flags), value_of("--cache", flags)
+    data, cache = flags["data"], flags["cache"]
     monkeypatch.setattr(text_module, "prepare", lambda *args, **kwargs: prepare(data, "bpe", 0, cache=cache))
-    exec(readme_program(), {})
+    exec(re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)[1], {})
     losses = [float(loss) for loss in re.findall(r"update \d+: loss (\S+)", capsys.readouterr().out)]
     assert len(losses) == 5
     assert losses[-1] < losses[0] - 0.5
@@ -2084,15 +2038,23 @@ def test_the_readmes_algorithm_runs_and_learns(flags, monkeypatch, capsys):
 
 def test_the_readme_names_code_tests_and_files_that_exist():
     house = Path(pmp.__file__).parent
-    source = "\n".join(path.read_text() for path in [*house.glob("*.py"), *house.glob("data/*.py")])
-    named = re.findall(r"`(test_\w+)`", README)
-    assert len(named) == 7
-    for name in [*named, "topk_mask", "iou", "finetune", "documents"]:
-        assert f"def {name}(" in source, name
-    for name in ("class MaskedAdamW", "PRESETS = ", "TASKS = ", "self.optimizer = "):
-        assert name in source, name
+    source = "\n".join(path.read_text() for path in house.glob("*.py"))
+    table = re.search(r"\| paper \|.*?\n\n", README, re.DOTALL)[0]
+    for name in re.findall(r"`(\w+)`", table):
+        assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), name
     for name in re.findall(r"\]\(([\w./]+)\)", README):
         assert (house / name).exists(), name
+
+
+def test_the_readmes_table_of_presets_has_their_sizes():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| (\d+)M \|", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["tiny", "mini", "gpt2", "tinyllama"]
+    for name, parameters, tokens, millions in rows:
+        settings = pmp.settings_of(*pmp.parse(["--preset", name]), None, None)
+        update = settings["batch_size"] * settings["grad_accum"] * settings["block_size"]
+        d = sum(p.numel() for p in build(PRESETS[name][0], "meta").parameters())
+        assert (f"{d:,}", f"{update:,}") == (parameters, tokens)
+        assert f"{settings['steps'] * update / 1e6:.0f}" == millions
 
 
 SCORE, OPTIMIZER = "p.grad * p", "torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9)"  # as README has them
@@ -2102,7 +2064,6 @@ EDITS = {  # rows of "to change …, edit …": file, what stands there, what a 
     "mask rule": ("pmp.py", "[whole(score).abs().flatten()", "[-whole(score).abs().flatten()"),
     "optimizer": ("pmp.py", "torch.optim.AdamW(list(params.values()), betas=betas, weight_decay=0.0, fused=True)",
                   OPTIMIZER),
-    "preset": ("pmp.py", 'PRESETS = {\n', 'PRESETS = {\n    "mine": (LlamaConfig(**MINI), "bpe", LAPTOP),\n'),
 }
 
 
@@ -2117,7 +2078,7 @@ def test_the_readmes_table_of_changes_works_on_a_copy(row, flags, tmp_path):
     source = (tmp_path / file).read_text()
     assert source.count(before) == 1
     (tmp_path / file).write_text(source.replace(before, after))
-    argv = arguments(flags[2:], preset="mine" if row == "preset" else "mini", out=tmp_path / "out", lr=0.001)
+    argv = arguments(flags, preset="mini", out=tmp_path / "out", lr=0.001)
     result = subprocess.run([sys.executable, "pmp.py", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     inside = flat(ticket(tmp_path / "out"))

@@ -143,8 +143,8 @@ def choose_held_out(data):
         else:
             rule["never"].append(digest)
     if not held:
-        raise UserError(f"{data} has no document below a fifth of its text that could be held out for validation: "
-                        "give it as more and shorter documents")
+        raise UserError(f"{data} has no document below a fifth of its text that could be held out: give more and "
+                        "shorter ones, some 20,000 characters in all; in a .txt a line <|endoftext|> ends one")
     return rule
 
 
@@ -346,7 +346,12 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
     beyond. expected: the `identity` that training Tokens once had, or None. check(): called while waiting; what it
     raises ends the wait. Raises UserError when text or cache are unfit, or the text is not the expected one.
     """
-    name = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
+    name = tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        name = tokenizer.fingerprint
+        if tokenizer.size > 2**16:
+            raise UserError(f"the tokenizer has {tokenizer.size:,} tokens, and packed text holds 65,536: use a smaller "
+                            "one")
     identity = {"format": FORMAT, **identify(data), "tokenizer": name, "seed": seed, "shuffle_buffer": shuffle_buffer}
     if expected and expected != identity:
         changed = next(key for key in identity if expected.get(key) != identity[key])
@@ -371,8 +376,6 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
         tokenizer = Tokenizer.load(folder / "tokenizer")
     elif tokenizer == "gpt2":
         tokenizer = Tokenizer.gpt2()
-    if tokenizer.size > 2**16:
-        raise UserError(f"the tokenizer has {tokenizer.size:,} tokens, and packed text holds 65,536: use a smaller one")
 
     held = Tokens(folder / "held-out", seed, check)
     train = Tokens(folder / "train", seed, check)
@@ -475,9 +478,10 @@ class Tokens:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a planted link could lead to another file
         with open(os.open(self.bin, flags, 0o644), "ab") as file:
             file.truncate(2 * state["tokens"])  # what a killed process wrote without recording it
-            for begin in range(0, len(texts), 1000):
+            share = max(1, min(1000, len(texts) * 2**22 // (size + 1)))  # documents of 4M characters: books are long
+            for begin in range(0, len(texts), share):
                 ids = []
-                for encoded in tokenizer.encode_many([texts[i] for i in order[begin:begin + 1000]]):
+                for encoded in tokenizer.encode_many([texts[i] for i in order[begin:begin + share]]):
                     ids += encoded
                     ids.append(tokenizer.eos)
                 content = np.array(ids, np.uint16).tobytes()

@@ -168,14 +168,17 @@ def main():
     parser.add_argument("--cache", type=path, default=CACHE, help="folder that keeps prepared text")
     args = parser.parse_args()
     model, tokenizer = load_folder(args.release)
-    scores, k = attack(model, tokenizer, args.shadow, args.cache)
     params = dict(model.named_parameters())
+    truth = load_mask(args.mask, params) if args.mask else None
+    if Path(args.guess).exists():
+        raise UserError(f"{args.guess} exists: name another --guess")
+    scores, k = attack(model, tokenizer, args.shadow, args.cache)
     save_mask(args.guess, topk_mask(scores["classifier"], k), params)
     say(f"the classifier's guess is in {args.guess}")
-    if args.mask:
+    if truth:
         total = sum(p.numel() for p in params.values())
         say(f"attack      found   IoU     AUC     surest 30%    (a random guess finds {k / total:.0%})")
-        for name, result in judge(scores, load_mask(args.mask, params), k).items():
+        for name, result in judge(scores, truth, k).items():
             say(f"{name:<12}" + f"{result['found']:.1%}   {result['iou']:.3f}   {result['auc']:.3f}   "
                 f"{result['surest']:.1%}")
 

@@ -174,8 +174,9 @@ def draw(found, file):
     right.set(title="Gradients of held-out text (Figure 6)", xlabel="log10 |gradient|", ylabel="share", xlim=(-9, -1))
     left.legend()
     right.legend()
-    figure.savefig(file, dpi=130)
+    file.touch()
     file.chmod(0o600)
+    figure.savefig(file, dpi=130)
 
 
 def main():

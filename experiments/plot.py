@@ -6,8 +6,8 @@ The table is printed. The picture goes beside the log of the first run, as OUT/r
 show that, and how, a mask was used.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +16,16 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Parser, UserError, command_line, path, read_json, say  # noqa: E402
+
 PLACES = ("out", "cache", "device", "compile", "resume", "save_every", "twin")  # settings that decide no number
 
 
 def read_run(out):
     """(settings, {stage: {"step", "loss", "val", "iou"…: (steps, values)}}) of a run's folder."""
-    settings = json.loads((out / "settings.json").read_text())
+    settings = read_json(out / "settings.json")
     stages = {"stage I": {}, "stage II": {}}
     for line in (out / "log.jsonl").read_text().splitlines():
         try:
@@ -54,7 +58,7 @@ def print_table(runs):
         rows.append([str(out), *(str(found.get(name)) for name in differing), *last])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def draw(runs, file):
@@ -77,22 +81,23 @@ def draw(runs, file):
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(file, dpi=130)
+    file.touch()
     file.chmod(0o600)  # as the log that it shows
+    figure.savefig(file, dpi=130)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", nargs="+", type=Path, help="folders of runs")
-    outs = parser.parse_args().out
+    parser = Parser("Compare runs: masks in stage I, losses in stage II, and the settings that differ.")
+    parser.add_argument("out", nargs="+", type=path, help="folders of runs")
+    outs = [Path(out) for out in parser.parse_args().out]
     for out in outs:
         if not (out / "settings.json").exists() or not (out / "log.jsonl").exists():
-            parser.error(f"{out} holds no run: name the --out of one")
+            raise UserError(f"{out} holds no run: name the --out of one")
     runs = {out: read_run(out) for out in outs}
     print_table(runs)
     draw(runs, outs[0] / "run.png")
-    print(f"\ndrawn in {outs[0] / 'run.png'}")
+    say(f"\ndrawn in {outs[0] / 'run.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

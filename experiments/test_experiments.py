@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts
 import attack
 import measure
 import numpy as np
+import plot
 import pytest
 import report
 import study
@@ -55,6 +56,13 @@ def test_the_attack_finds_more_than_chance_and_its_guess_is_a_mask_file(runs, tm
     params = dict(load_folder(runs / "victim/release")[0].named_parameters())
     mask = pmp.load_mask(guess, params)
     assert sum(int(part.sum()) for part in mask.values()) == math.floor(0.7 * sum(p.numel() for p in params.values()))
+
+
+def test_runs_are_compared_in_a_table_and_a_picture_for_the_owner_alone(runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(runs / "victim"), str(runs / "dense")])
+    plot.main()
+    assert capsys.readouterr().out.split()[:4] == ["run", "rho", "loss", "val"]
+    assert (runs / "victim" / "run.png").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_shadow_without_a_mask_is_refused(runs):
