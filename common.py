@@ -72,7 +72,8 @@ def say(text="", end="\n"):
 
 def printable(text):
     """Text whose control characters are spelled out: what a stranger's file brings could steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t\xa0\u3000" else ascii(c)[1:-1] for c in text)
+    kept = "\n\t\xa0\u3000\u200c\u200d\u202f"  # spaces, and what joins letters
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +143,7 @@ def command_line(main):
             message = f"error: no space left to write {error.filename}: free some disk and run again (pmp.py: --resume)"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            message = "error: out of memory: start again with a smaller --batch-size"
+            message = "error: out of memory: use a smaller --batch-size (pmp.py: and another --out)"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             message = "error: another rank has died or was killed: start again, pmp.py goes on with --resume"
         else:

@@ -44,6 +44,7 @@ GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 TRIES = 5  # a download's attempts
 LARGEST_FILE, MOST_ROWS = 2**30, 2_000_000  # of a TSV; MNLI, with its parses, has about 0.4 GB and 392,702 rows
+LONGEST_ROW = 2**20  # characters
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,17 @@ def tsv_lines(file):
     Raises UserError where the file is missing, too large or not UTF-8.
     """
     if not os.path.isfile(file):
-        raise UserError(f"there is no {file}: give --glue-dir a folder with the TSVs laid out as the official zips are")
+        raise UserError(f"there is no file {file}: correct --tsv, or lay --glue-dir out as the official zips are")
     if os.path.getsize(file) > LARGEST_FILE:
         raise UserError(f"{file} is larger than {LARGEST_FILE:,} bytes: give a part of it")
     with open(file, encoding="utf-8-sig", newline="\n") as lines:
         try:
-            for i, line in enumerate(lines):
-                if i > MOST_ROWS:
+            number = 0
+            while line := lines.readline(LONGEST_ROW + 1):
+                number += 1
+                if len(line) > LONGEST_ROW:
+                    raise UserError(f"{file}, line {number} has more than {LONGEST_ROW:,} characters: cut that line")
+                if number > MOST_ROWS + 1:
                     raise UserError(f"{file} has more than {MOST_ROWS:,} rows: give a part of it")
                 yield line.removesuffix("\n").rstrip("\r").split("\t")
         except UnicodeDecodeError as error:
@@ -729,7 +734,7 @@ DECIDING = ("lr", "epochs", "batch_size", "weight_decay", "clip", "max_length", 
 
 def key_of(result):
     """What makes two results the same experiment, as text."""
-    parts = ("task", "method", "seed", "mask", "weights", "tokenizer", "data", "settings")
+    parts = ("task", "method", "seed", "authorised", "mask", "weights", "tokenizer", "data", "settings")
     return json.dumps({part: result.get(part) for part in parts}, sort_keys=True)
 
 
@@ -823,7 +828,8 @@ def main(argv=None):
         torch.distributed.barrier()
     shown = [result for result in read_results(args.results)  # with this mask and without one
              if result.get("weights") == weights and result.get("data") in digests.values()
-             and result.get("settings") == settings and result.get("mask") in (None, mask)]
+             and result.get("settings") == settings
+             and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), mask))]
     say("\n" + table(shown, title, args.paper))
     leave_ranks()
 

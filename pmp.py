@@ -141,15 +141,15 @@ def settings_of(typed, defaults, saved, twin):
     if saved:
         for name, value in typed.items():
             if name not in ANEW and value not in (saved["settings"][name], "auto"):
-                raise UserError(f"--{name.replace('_', '-')} {value} is not what the run in OUT has "
-                                f"({saved['settings'][name]}): leave it out, or name another --out")
+                has = "" if name == "init_seed" else f" ({saved['settings'][name]})"  # that number is a secret
+                raise UserError(f"--{name.replace('_', '-')} {value} is not what the run in OUT has{has}: leave it "
+                                "out, or name another --out")
         return {**saved["settings"], **anew, **typed, "dtype": saved["settings"]["dtype"]}
     settings = {**defaults, **PRESETS[typed.get("preset", defaults["preset"])][2], **typed}
     if twin:
         for name in ("preset", "init_seed"):
             if typed.get(name, twin["settings"][name]) != twin["settings"][name]:
-                raise UserError(f"--{name.replace('_', '-')} {typed[name]} is not what the twin has "
-                                f"({twin['settings'][name]}): leave it out")
+                raise UserError(f"--{name.replace('_', '-')} {typed[name]} is not what the twin has: leave it out")
         settings = {**twin["settings"], **anew, **typed}
     if settings["init"]:
         if unfit := [name for name in STAGE_1 if name in typed]:
@@ -608,7 +608,7 @@ def main(argv=None):
                               lr=lr, norm=norm)
                 if any_rank(asked):
                     raise Stopped(128 + max(asked, default=0))
-                if step % args.save_every == 0:
+                if step % args.save_every == 0 and step < args.eb_steps:
                     save()
             if stage == "I":
                 end = f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"
@@ -685,7 +685,7 @@ def main(argv=None):
         if args.mask:
             say(f"keep {out / 'release'} to yourself, too: it differs from {args.init} in the ticket alone")
         if args.twin:
-            say(f"publish this release or that of {args.twin}, never both: what two twins with masks share is frozen")
+            say(f"publish one release of {args.twin} and its twins at most: what two twins with masks share is frozen")
         say("\na sample of the release:")
         begin = torch.tensor([[tokenizer.eos]], device=device)
         sample = model.generate(begin, 120, eos=tokenizer.eos, seed=args.seed)[0, 1:].tolist()

@@ -144,7 +144,7 @@ def choose_held_out(data):
             rule["never"].append(digest)
     if not held:
         raise UserError(f"{data} has no document below a fifth of its text that could be held out: give more and "
-                        "shorter ones, some 20,000 characters in all; in a .txt a line <|endoftext|> ends one")
+                        "shorter ones, some 50,000 characters in all; in a .txt a line <|endoftext|> ends one")
     return rule
 
 

@@ -241,8 +241,11 @@ def describe(study):
             lost = slope * (study.release(ARMS[arm][0], pair) - study.release(ARMS[other][0], pair))
             left.append(study.at_best(arm, pair) - study.at_best(other, pair) - lost)
         add(f"Question {number} without what the lost capability explains, on the line of `matched`", left)
-    add("Question 5 minus the same for the dense model in the mask",
-        np.subtract(study.gap("outsider", "authorised"), study.gap("dense", "dense in the mask")))
+    helped = []
+    for pair in study.pairs("outsider", "authorised", "dense", "dense in the mask"):
+        gap = study.at_best("outsider", pair) - study.at_best("authorised", pair)
+        helped.append(gap - study.at_best("dense", pair) + study.at_best("dense in the mask", pair))
+    add("Question 5 minus the same for the dense model in the mask", helped)
     for arm in ("random", "authorised", "matched"):
         add(f"Question 6 for {arm} in place of the outsider",
             [math.log(study.rise(arm, pair, 4) / study.rise("dense", pair, 4)) for pair in study.pairs(arm, "dense")],
