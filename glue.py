@@ -512,12 +512,13 @@ def finetune(body, task, data, method, seed, args, device, masks=None, progress=
             scores[column] = score(task, predictions, [label for _, label in data[split]])
         return scores
 
-    epochs, step, diverged, began = [], 0, False, time.perf_counter()
+    epochs, step, diverged = [], 0, False
     for epoch in range(passes):
         for batch in group_by_length(lengths, args.batch_size, [seed, epoch]):
+            began = time.perf_counter()
             labels = torch.tensor([train[i][1] for i in batch], device=device)
             with autocast(device, args.dtype):
-                outputs = model(*pad([train[i][0] for i in batch], device))  # (B, outputs)
+                outputs = model(*pad([train[i][0] for i in batch], device)).float()  # (B, outputs)
                 if task.labels:
                     loss = F.cross_entropy(outputs, labels)
                 else:
@@ -532,7 +533,6 @@ def finetune(body, task, data, method, seed, args, device, masks=None, progress=
             step += 1
             if progress:
                 progress(step, steps, time.perf_counter() - began, loss=loss.item(), lr=lr, norm=norm)
-            began = time.perf_counter()
         epochs.append(evaluate())
         if diverged:
             break
@@ -614,7 +614,7 @@ def table(results, title, paper=False):
 
     lines = [f"{title}: accuracy in %, last epoch, mean ±sd over seeds (CoLA and STS-B: the auxiliary accuracy)",
              "base: the release with a random head, which is chance by construction",
-             " " * 14 + "".join(f"{column:<13}" for column in [*columns, "average"])]
+             " " * 14 + "".join(f"{column[:12]:<13}" for column in [*columns, "average"])]
     last = None
     for (heading, name), row in rows.items():
         if heading != last:
@@ -678,8 +678,8 @@ def parse(argv):
     args.method = args.method or (["lora", "full"] if args.mask else ["base", "lora", "full"])
     if args.mask and (wrong := [method for method in args.method if method not in ("lora", "full")]):
         raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
-    if sum(map(bool, (args.standin, args.glue_dir, args.tsv))) > 1:
-        raise UserError("--standin, --glue-dir and --tsv exclude each other: leave all but one out")
+    if sum(map(bool, (args.standin, args.glue_dir, args.tsv))) > 1 or args.tsv and args.tasks:
+        raise UserError("--standin, --glue-dir and --tsv exclude each other, --tsv and --tasks, too: leave one out")
     if bool(args.tsv) != bool(args.text) or bool(args.tsv) != bool(args.label) or len(args.text or "") > 2:
         raise UserError("a task of your own is --tsv FILE --text COLUMN [COLUMN] --label COLUMN: give all three")
     args.tasks = args.tasks or (["cola", "stsb", "rte"] if args.standin else list(TASKS))
@@ -691,7 +691,7 @@ def parse(argv):
 def read_results(file):
     """The results in a file, a list of dicts. A line that a killed process left half written is none.
 
-    Raises UserError where it cannot be written to, or where a line is no result.
+    Raises OSError where it cannot be written to, UserError where a line is no result.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
     with open(os.open(file, flags, 0o600), "a+b") as results:  # found out now, before anything is trained
@@ -777,11 +777,11 @@ def main(argv=None):
     known = {key_of(result) for result in found}
     runs, to_do = 0, []
     for name in tasks:
-        for method in args.method:
-            for seed in args.seed:
+        for method in dict.fromkeys(args.method):  # each once
+            for seed in dict.fromkeys(args.seed):
                 run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": mask,
-                       "weights": weights,
-                       "tokenizer": tokenizer.fingerprint, "data": digests[name], "settings": settings}
+                       "weights": weights, "tokenizer": tokenizer.fingerprint, "data": digests[name],
+                       "settings": settings}
                 title_of_run = f"{name} {method}" + (" + mask" if masks else "") + f" seed {seed}"
                 place = None
                 if args.save:
@@ -826,11 +826,13 @@ def main(argv=None):
                 raise Stopped(128 + asked[0])
     if world() > 1:
         torch.distributed.barrier()
-    shown = [result for result in read_results(args.results)  # with this mask and without one
-             if result.get("weights") == weights and result.get("data") in digests.values()
-             and result.get("settings") == settings
-             and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), mask))]
-    say("\n" + table(shown, title, args.paper))
+    shown = {}  # each experiment once, with this mask and without one
+    for result in read_results(args.results):
+        if (result.get("weights") == weights and result.get("data") in digests.values()
+                and result.get("settings") == settings
+                and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), mask))):
+            shown[key_of(result)] = {**result, "model": args.release}
+    say("\n" + table(shown.values(), title, args.paper))
     leave_ranks()
 
 

@@ -126,7 +126,7 @@ def parse(argv):
     add("compile", ("auto", "on", "off"), "auto", "torch.compile; auto: on a GPU, and from 0.5M tokens on")
     add("shard", bool, False, "split weights, gradients, moments and mask over torchrun's processes")
     typed = vars(parser.parse_args(argv))
-    for name in ("data", "also", "init", "mask", "twin"):
+    for name in ("data", "also", "init", "mask", "twin", "cache"):
         if name in typed and typed[name] not in ("prose", "slimpajama"):
             typed[name] = os.path.abspath(typed[name])  # so that a run can be resumed from another folder
     return typed, defaults
@@ -426,8 +426,7 @@ def main(argv=None):
         start = str(shape)  # what the run begins with, besides the secret and the text
         if args.init:
             start += fingerprint(origin)
-        begun = saved or twin or {}
-        if begun.get("start", start) != start:
+        if (saved or twin or {}).get("start", start) != start:
             raise UserError(f"the run in {out if saved else args.twin} began with another model: put the preset or the "
                             "release of --init back as it was, or name another --out")
         positions = build(shape, "meta").max_positions
@@ -474,7 +473,7 @@ def main(argv=None):
             for name, p in params.items():
                 p.copy_(split_like(p, values(name)))
 
-        stage, step, streak, overlap = "I", 0, 0, 0.0  # streak: of steps with a stable mask; overlap: the last IoU
+        stage, step, streak, overlap = "I", 0, 0, math.nan  # streak: of steps with a stable mask; overlap: the last IoU
         masks = None  # {name: bool tensor like the parameter}; in stage I that of the last step
         scores, before = {}, {}  # scores: the running mean of |gradient|; before: the held-out losses of --init
         log_bytes = 0
@@ -600,7 +599,7 @@ def main(argv=None):
                 lr = args.lr * (step + 1) / args.eb_steps  # rises to --lr in a straight line
                 norm = optimizer.step(lr, args.clip)  # of all weights; then drops the gradients
                 masks = candidate
-                streak = streak + 1 if step and overlap >= args.eb_iou else 0  # eq. 4: how many steps it was stable
+                streak = streak + 1 if overlap >= args.eb_iou else 0  # eq. 4: how many steps it was stable
                 step += 1
                 ready = True
                 numbers = {"iou": overlap} if step > 1 else {}

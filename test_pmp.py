@@ -167,6 +167,9 @@ def test_never_more_than_a_fifth_is_held_out_however_long_or_frequent_a_document
         for every in ([book, *texts], texts * 60):
             held = documents(path, "held-out", 0, choose_held_out(write_jsonl(path, every)))
             assert 0 < sum(len(text) for _, text in held) < 0.2 * sum(map(len, every))
+    beginning = ["a book" * 700_000, *make_texts(60)]  # is all that the rule is made from
+    rule = choose_held_out(write_jsonl(path, beginning + make_texts(500, 1)))
+    assert 0 < sum(1 for _ in documents(path, "held-out", 0, rule)) < 0.3 * 500
     fails("give more and shorter ones", choose_held_out, write_jsonl(path, ["one document", "and another"]))
 
 
@@ -287,6 +290,26 @@ def test_whatever_ends_the_packing_reaches_the_reader_who_does_not_wait_for_ever
     _, train, _ = prepare(str(path), tokenizer, 0, cache=tmp_path, check=lambda: next(patience))
     with pytest.raises(SystemExit):
         train.read(0, 1, 16)
+
+
+def test_packing_goes_on_after_what_is_stored_and_an_error_of_the_disk_names_its_file(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    _, whole, _ = prepare(str(path), BPE, 10**9, cache=tmp_path / "whole", shuffle_buffer=10)
+    expected = all_tokens(whole)
+    _, train, _ = prepare(str(path), BPE, 0, cache=tmp_path / "cache", shuffle_buffer=10)
+    train.thread = None
+    while not train.state["done"]:
+        older = train.state
+        train._append_window()
+        if train.state["windows"] == 2:
+            train.state = older  # as a reader does who has read the file before the last window
+    assert all_tokens(train) == expected
+    monkeypatch.setattr(train, "_append_window", lambda: open("/dev/full", "w").write("a" * 10**5))
+    train.state = {**train.state, "done": False}
+    train.json.unlink()
+    with pytest.raises(OSError) as error:
+        train.read(0, 10**6, 16)
+    assert error.value.filename == str(train.bin)
 
 
 def test_a_tokenizer_that_two_bytes_a_token_cannot_hold_is_refused(tmp_path):
@@ -1063,15 +1086,17 @@ def results_in(folder):
 
 def test_the_sweep_appends_a_line_a_run_and_repeats_none_even_after_a_torn_line(sweep, tmp_path, capsys):
     results = tmp_path / "results.jsonl"
-    flags = [*sweep, "--method", "base", "full", "--seed", "0", "1"]
+    flags = [*sweep, "--method", "base", "full", "--seed", "0", "1", "0"]
     glue.main(flags)
     runs = [(task, method, seed) for task in ("cola", "rte") for method in ("base", "full") for seed in (0, 1)]
     assert results_in(tmp_path) == runs
     assert re.search(r"\d ±\d", capsys.readouterr().out)
     whole = results.read_bytes()
-    glue.main(flags)
+    glue.main([flags[0] + "/", *flags[1:]])
     assert results.read_bytes() == whole
-    assert "8 of 8 runs are in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 of 8 runs are in" in said
+    assert said.count(str(tmp_path / "release")) == 1  # one heading
     results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]) + b'{"task": "rt')  # as a kill leaves it
     glue.main(flags)
     assert "7 of 8 runs are in" in capsys.readouterr().out

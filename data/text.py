@@ -40,7 +40,7 @@ from data.tokenizer import EOS, TRAINING_CHARACTERS, Tokenizer
 CACHE = Path(__file__).parent / "cache"
 BUFFER = 50_000  # documents that are shuffled together (section 4.1)
 WINDOW_CHARACTERS = 2**28  # and no more characters than this, so that a window fits the memory
-HELD_OUT_TOKENS = 131_072  # documents are held out until there are so many; the last one is kept whole
+HELD_OUT_TOKENS = 131_072  # of the held-out documents the first so many, the last one whole; the rest is unused
 FORMAT = 2  # part of the cache's name: raise it when the same documents would give other bytes
 
 # ---- documents -----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def choose_held_out(data):
         raise UserError(f"{data} holds no text: give a file with documents in it")
     rule, held = {"longest": int(0.18 * total), "threshold": -1, "never": []}, 0
     for digest in sorted(sizes):
-        if held >= 0.02 * total:
+        if held >= 0.02 * total or held and digest > 2**64 // 5:  # beyond it are four fifths of all documents
             break
         if sizes[digest] <= rule["longest"]:
             held += sizes[digest]
@@ -260,7 +260,7 @@ LONGEST_PAUSE = 60.0  # seconds, whatever a server's Retry-After asks for
 def get(url, most, seconds=600, **arguments):
     """The body of an HTTP answer of at most `most` bytes within `seconds`.
 
-    arguments: those of requests.get. Raises requests.RequestException, with `.response` where the server refused.
+    arguments: those of requests.get. Raises what requests and urllib3 raise, with `.response` where the server refused.
     """
     begun, body = time.monotonic(), bytearray()
     with requests.get(url, timeout=(10, 60), stream=True, **arguments) as answer:
@@ -460,12 +460,16 @@ class Tokens:
                 while mine and not self.ready(self.wanted):
                     self._append_window()
         except BaseException as error:  # whatever it is (tiktoken's panics are no Exception), the reader raises it
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(self.bin)  # a write's error does not say where
             self.error = error
 
     def _append_window(self):
         """Fill a window with documents, shuffle it, append its tokens, and then say so."""
         data, tokenizer, shuffle_buffer, rule = self.source
-        state, texts, size, last = dict(self.state), [], 0, True
+        # what is stored, not self.state: a reader may just have put back an older one
+        state = read_json(self.json) if self.json.exists() else dict(self.state)
+        texts, size, last = [], 0, True
         for row, text in documents(data, "train", state["rows"], rule):
             texts.append(text)
             size += len(text)

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
 
-import requests
 import tiktoken
 
 from common import UserError, read_json, write_json
@@ -85,7 +84,7 @@ class Tokenizer:
         """GPT-2's 50,257 tokens. Raises UserError when tiktoken cannot get their files."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise UserError("tiktoken could not fetch GPT-2's vocabulary: connect to the network once, or set "
                             "TIKTOKEN_CACHE_DIR to a copy of a folder that has tiktoken's files for gpt2 "
                             f"({str(error)[:90]})") from None
@@ -137,8 +136,6 @@ class Tokenizer:
             if -count < 2:
                 break  # what occurs once is no pattern
             token = tokens[pair[0]] + tokens[pair[1]]
-            if token in ids:
-                continue  # these bytes are a token already, by another pair
             new = ids[token] = len(tokens)
             tokens.append(token)
             changed = Counter()
@@ -230,11 +227,10 @@ class Tokenizer:
             ids = {bytes(BYTE[letter] for letter in token): id for token, id in vocabulary.items()}
             if sum(len(token) ** 2 for token in ids) > TRAINING_WORK:
                 raise refuse("it has very long tokens")
-            single = [bytes([byte]) for byte in range(256)]
             numbers = sorted(ids.values())
             if numbers != list(range(len(ids))) or eos != len(ids) or file["added_tokens"][0]["id"] != eos:
                 raise refuse(f"its ids are not 0, 1, … with {EOS} at the end")
-            if not all(byte in ids for byte in single):
+            if not all(bytes([byte]) in ids for byte in range(256)):
                 raise refuse("it lacks some of the 256 bytes")
             merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # "a b": older
             tokenizer = cls(ids)
