@@ -55,7 +55,7 @@ PRESETS = {
 }
 
 # -----------------------------------------------------------------------------
-# the flags. Defaults are those of section 4.1 and appendix A; a preset may have its own
+# the flags. Defaults are those of section 4.1 and appendix A, where these give one; a preset may have its own
 
 ANEW = ("out", "cache", "device", "compile", "shard", "save_every", "resume")  # a resumed run may have others
 STAGE_1 = ("preset", "rho", "ticket", "score", "eb_steps", "eb_iou", "eb_patience", "init_seed", "twin")  # not --init's

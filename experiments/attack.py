@@ -7,7 +7,7 @@
 The early-bird ticket is a function of text, architecture and a start that matters little, so a shadow knows much of it.
 The attacks, from weak to strong:
 
-    gradient      |gradient| on public text (section 5.2)
+    gradient      |gradient| on public text (section 5.2, but with rho known)
     distance      |weight| over the spread of theta(0): training makes weights larger
     shadow        how often the shadow's ticket has weights of the same kind, and of the same token. It never looks at
                   the release
@@ -110,7 +110,7 @@ def attack(model, tokenizer, shadows, cache=CACHE):
     rows, labels = [], []  # (n, F) features of a sample of the shadows' weights; (n,) whether they are in the ticket
     for place in shadows:
         saved = load_checkpoint(place)
-        if not saved or not saved["mask"] or not (Path(place) / "release").exists():
+        if not saved or not saved["mask"] or saved["settings"]["init"] or not (Path(place) / "release").exists():
             raise UserError(f"{place} is no finished run with a mask: make one with pmp.py")
         shadow, its_tokenizer = load_folder(Path(place) / "release")
         if its_tokenizer.fingerprint != tokenizer.fingerprint:

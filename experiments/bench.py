@@ -4,8 +4,9 @@
     python experiments/bench.py --finetune                            glue.py against transformers and peft
     python experiments/bench.py --profile                             where the time of pmp.py goes
 
-Ours is the real program: reading, logging and waiting included. Each kind runs in a process of its own, the kinds
-alternate, and what counts is the ratio of medians, for machines are noisy. A JSON line goes to results/bench.jsonl.
+Ours is the real program, by its log: reading and waiting are included, checkpoints are not. Each kind runs in a process
+of its own, the kinds alternate, and what counts is the ratio of medians, for machines are noisy. A JSON line goes to
+results/bench.jsonl.
 """
 
 import argparse

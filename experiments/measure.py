@@ -114,8 +114,9 @@ def premise(model, masks, held):
 
 
 def proposition_1(model, masks, task, idx, batches=5):
-    """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats, by the terms of eq. 8.
+    """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats.
 
+    The terms are those of Proposition 1's proof sketch.
     {"slope", "curvature": {"full", "ticket", "complement", "cross"}}: the part that changes its sign with the step, and
     the rest. The step of all weights has the length STEP times their norm, and the others its rate. "cross" is what the
     step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
@@ -188,9 +189,9 @@ def main():
     parser.add_argument("--picture", type=path, metavar="FILE", help="draw Figures 5 and 6 there")
     args = parser.parse_args()
     found = measure_run(args.out, args.mask_of or args.out, args.cache, args.task)
+    say(json.dumps(found))
     if args.picture:
         draw(found, Path(args.picture))
-    say(json.dumps(found))
 
 
 if __name__ == "__main__":

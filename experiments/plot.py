@@ -24,7 +24,7 @@ PLACES = ("out", "cache", "device", "compile", "resume", "save_every", "twin")  
 
 
 def read_run(out):
-    """(settings, {stage: {"step", "loss", "val", "iou"…: (steps, values)}}) of a run's folder."""
+    """(settings, {stage: {"loss", "val", "iou"…: (steps, values)}}) of a run's folder."""
     settings = read_json(out / "settings.json")
     stages = {"stage I": {}, "stage II": {}}
     for line in (out / "log.jsonl").read_text().splitlines():

@@ -80,6 +80,11 @@ class Study:
         """How much of the pre-training text a tuned model has forgotten, in nats."""
         return self.tuned(arm, pair, rate, "text") - self.release(ARMS[arm][0], pair)
 
+    def log_rise(self, arm, pair):
+        """log of what an arm forgets at 4 x over what the dense one does; nan where either forgets nothing."""
+        rises = [self.rise(name, pair, 4) for name in (arm, "dense")]
+        return math.log(rises[0] / rises[1]) if min(rises) > 0 else math.nan
+
     def at_equal_forgetting(self, arm, pair, smooth=False):
         """The task loss where the pre-training loss has risen by BUDGET, on a line between the two nearest rates.
 
@@ -142,7 +147,7 @@ def questions(study):
     forgetting, forgotten, slopes = [], [], []
     for pair in both:
         forgetting.append(study.at_equal_forgetting("outsider", pair) - study.at_equal_forgetting("dense", pair))
-        forgotten.append(math.log(study.rise("outsider", pair, 4) / study.rise("dense", pair, 4)))
+        forgotten.append(study.log_rise("outsider", pair))
     if all(set(LONG_PAIRS) <= set(study.pairs("outsider", "dense", length=length)) for length in LENGTHS):
         for pair in LONG_PAIRS:
             gaps = [study.at_best("outsider", pair, length=length) - study.at_best("dense", pair, length=length)
@@ -165,11 +170,11 @@ def questions(study):
         ("The mask helps those who have it: task loss, outsider − authorised", "as good or better on all tasks (4.3)",
          study.gap("outsider", "authorised"), 0, True, "nats"),
         ("Outsiders forget more: rise of the pre-training loss at 4 ×, log(outsider / dense)",
-         "follows from Proposition 1", forgotten, 0, True, ""),
+         "suggested by Proposition 1, which has no dense model", forgotten, 0, True, ""),
         (f"The mask cannot be recovered: share of the ticket in the best guess; a random one has 0.70, {line}",
          "not by gradients alone (5.2)", [attack["classifier"]["found"] for attack in attacks], 0.75, False, ""),
         ("The protection grows with training: slope of question 2 over log10(tokens a parameter)",
-         "implied by section 3", slopes, 0, True, "nats"),
+         "not said; our reading of section 3", slopes, 0, True, "nats"),
     ]
     return [dict(zip(columns, row)) for row in rows]
 
@@ -184,6 +189,8 @@ def judge(asked):
         ask["p"] = p
         if not ask["values"]:
             ask["verdict"] = "not run"
+        elif not np.isfinite(ask["values"]).all():
+            ask["verdict"] = "not defined"
         elif p >= 0.05:
             ask["verdict"] = "open"
         elif (np.mean(ask["values"]) > ask["bound"]) == ask["above"]:
@@ -248,8 +255,7 @@ def describe(study):
     add("Question 5 minus the same for the dense model in the mask", helped)
     for arm in ("random", "authorised", "matched"):
         add(f"Question 6 for {arm} in place of the outsider",
-            [math.log(study.rise(arm, pair, 4) / study.rise("dense", pair, 4)) for pair in study.pairs(arm, "dense")],
-            "")
+            [study.log_rise(arm, pair) for pair in study.pairs(arm, "dense")], "")
     add("Held-out loss, random mask − dense",
         [study.release("random", pair) - study.release("dense", pair) for pair in study.trained("random", "dense")])
     add("Held-out loss, ticket with secret noise − PMP",

@@ -5,7 +5,7 @@
 Each process takes the next piece of work that is ready and that no other process is at. A piece that was stopped goes
 on where it was. The lines are in OUT/study.jsonl and OUT/glue.jsonl; report.py makes the tables of them. Every model is
 trained by pmp.py, and every task by `pmp.py --init` or glue.py, with their own flags. What this file adds is the list
-of pieces, and `evaluate`.
+of pieces, `evaluate`, and the noise of `noisy`.
 """
 
 import json
@@ -37,7 +37,7 @@ PAIRS = range(8)  # models with the same number share theta(0), the order of the
 RATES = (1, 2, 4, 8, 16)  # times BASE_RATE
 BASE_RATE = 2e-4  # glue.py's rate for this width, 5e-5 * 768 / 192
 TUNING = ["--steps", "64", "--batch-size", "8", "--block-size", "128", "--val-every", "64", "--val-blocks", "1",
-          "--save-every", "64", "--compile", "off"]
+          "--save-every", "64", "--compile", "off", "--device", "cpu"]
 ARMS = {  # name: (the model that is tuned, whose mask)
     "outsider": ("pmp", None),
     "dense": ("dense", None),
@@ -88,6 +88,7 @@ def pieces():
                 yield {"do": "glue", "model": model, "mask": mask, "task": task, "pair": pair}
     for pair in range(3):
         yield trained("noisy", pair)
+    for pair in range(3):
         yield {"do": "attack", "model": "noisy", "pair": pair}
         yield {"do": "attack", "model": "random", "pair": pair}
     for pair in PAIRS:
@@ -317,6 +318,11 @@ def main():
     results, text = args.out / "study.jsonl", (args.out / "text.jsonl").resolve()
     for folder in ("locks", "models"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
+    if text.exists():
+        say(f"the text is {text}, copied at the first start; --text is not read again")
+    elif results.exists():
+        raise UserError(f"{text} is gone, and the lines of {results} were made with it: put it back, or name another "
+                        "--out")
     while not text.exists():
         with lock(args.out / "locks" / "text") as mine:
             if mine and not text.exists():
@@ -341,7 +347,7 @@ def main():
                 say(f"\n=== {name_of(piece)}")
                 try:
                     glue.append_result(results, work(piece, args, text))
-                except UserError as error:
+                except (UserError, FileNotFoundError) as error:
                     say(f"failed: {error}")
                     failed.append(piece)
                 break
