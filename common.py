@@ -145,7 +145,8 @@ def command_line(main):
         if out_of_memory(error):
             message = "error: out of memory: use a smaller --batch-size (pmp.py: and another --out)"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            message = "error: another rank has died or was killed: start again, pmp.py goes on with --resume"
+            reason = f" {error}".splitlines()[-1].strip()  # NCCL's own is in the last line
+            message = f"error: a rank has died or is out of reach ({reason}): start again, pmp.py goes on with --resume"
         else:
             raise
         code = 1
@@ -339,6 +340,8 @@ def pick_device(name):
     """The torch.device for a --device flag; "auto" is a GPU where there is one. Raises UserError without it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and world() > 1:
+        raise UserError(f"--device {name} would put all ranks on one GPU: use cuda, and each takes its own")
     if name == "cuda" and world() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -346,7 +349,7 @@ def pick_device(name):
         torch.ones(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not available here: use cpu, or leave the flag out") from None
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where NCCL, too, finds this rank's tensors
     return device
 
@@ -450,7 +453,8 @@ class Progress:
 def join_ranks(limit=timedelta(minutes=30)):
     """Become one of torchrun's ranks, if it started this process. Only rank 0 prints; errors go to stderr on any.
 
-    limit: of waiting for another rank that hangs. A dead one closes its connections, which the others notice at once.
+    limit: of waiting for another rank that hangs. With gloo a dead one closes its connections, which the others notice
+    at once. With NCCL they wait for the limit, or for torchrun to kill them.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return

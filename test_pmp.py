@@ -46,8 +46,8 @@ import torch.nn.functional as F
 import glue
 import model as model_module
 import pmp
-from common import (Stopped, UserError, atomic, command_line, fingerprint, load_safetensors, lock, pick_dtype,
-                    printable, read_json, save_safetensors, stop_signals, whole)
+from common import (Stopped, UserError, atomic, command_line, fingerprint, load_safetensors, lock, pick_device,
+                    pick_dtype, printable, read_json, save_safetensors, stop_signals, whole)
 from data import text as text_module, tokenizer as tokenizer_module
 from data.text import choose_held_out, documents, file_documents, prepare
 from data.tokenizer import EOS, LETTER, TRAINING_WORDS, Tokenizer
@@ -1379,6 +1379,24 @@ def test_topk_mask_is_the_exact_global_topk_with_ties_to_the_first(change):
 def test_a_score_that_is_not_finite_is_an_error(value):
     with pytest.raises(FloatingPointError):
         pmp.topk_mask({"a": torch.ones(3), "b": torch.tensor([1.0, value])}, 2)
+
+
+def test_the_kth_largest_on_a_gpu_is_that_of_a_sort():
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(1000, generator=generator).abs()
+    flat[100:400] = torch.tensor([0.0, 1e-45, 0.5]).repeat(100)  # zeros, the smallest number there is, ties
+    largest = flat.sort(descending=True).values
+    for k in (1, 2, 300, 500, 700, 999, 1000):
+        assert pmp.kth_largest(flat, k) == largest[k - 1]
+
+
+def test_a_gpu_is_taken_with_and_without_a_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    assert taken == [1]
 
 
 def test_iou_is_the_intersection_over_the_union_of_all_tensors_together():

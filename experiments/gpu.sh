@@ -9,9 +9,9 @@ mkdir -p "$out"
 # right: the ticket's size and the complement's bits are checked by the run itself; so is a resumed run
 python pmp.py --rho 0.7 --steps 200 --compile on --dtype bf16 --out "$out/tiny" | tee "$out/tiny.log"
 timeout --signal=TERM 40 python pmp.py --rho 0.7 --steps 100000 --out "$out/stopped" | tee "$out/stopped.log" || true
-python pmp.py --out "$out/stopped" --resume | timeout 30 head -n 5 | tee -a "$out/stopped.log" || true
+timeout --signal=TERM 30 python pmp.py --out "$out/stopped" --resume | tee -a "$out/stopped.log" || true
 python glue.py "$out/tiny/release" --standin --epochs 1 --results "$out/glue.jsonl" | tail -n 12 | tee "$out/glue.log"
 
-# fast: gpt2, 32 x 256 tokens an update, against transformers compiled in bf16
-timeout 300 python experiments/bench.py --preset gpt2 --batch-size 32 --updates 40 --rounds 2 | tee "$out/bench.log"
-timeout 60 python experiments/bench.py --preset gpt2 --batch-size 32 --updates 10 --profile | tee "$out/profile.log"
+# fast: gpt2, 32 x 256 tokens an update, against transformers compiled in bf16. What a time limit ends has its rounds
+timeout 280 python experiments/bench.py --preset gpt2 --batch-size 32 --updates 40 --rounds 1 | tee "$out/bench.log" || true
+timeout 100 python experiments/bench.py --preset gpt2 --batch-size 32 --updates 10 --profile | tee "$out/profile.log" || true
