@@ -679,7 +679,7 @@ def parse(argv):
     if args.mask and (wrong := [method for method in args.method if method not in ("lora", "full")]):
         raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
     if sum(map(bool, (args.standin, args.glue_dir, args.tsv))) > 1 or args.tsv and args.tasks:
-        raise UserError("--standin, --glue-dir and --tsv exclude each other, --tsv and --tasks, too: leave one out")
+        raise UserError("--standin, --glue-dir and --tsv exclude each other, and so do --tsv and --tasks: keep one")
     if bool(args.tsv) != bool(args.text) or bool(args.tsv) != bool(args.label) or len(args.text or "") > 2:
         raise UserError("a task of your own is --tsv FILE --text COLUMN [COLUMN] --label COLUMN: give all three")
     args.tasks = args.tasks or (["cola", "stsb", "rte"] if args.standin else list(TASKS))

@@ -630,7 +630,10 @@ def main(argv=None):
                 if streak >= args.eb_patience:
                     end = "the mask is stable"
                 chance = args.rho / (2 - args.rho)
-                say(f"stage I: the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}; {end}")
+                seen = f"the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}"
+                if step == 1:
+                    seen = "there was one mask"
+                say(f"stage I: {seen}; {end}")
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
                 ready = False
                 if size != k:

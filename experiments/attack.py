@@ -111,7 +111,7 @@ def attack(model, tokenizer, shadows, cache=CACHE):
     for place in shadows:
         saved = load_checkpoint(place)
         if not saved or not saved["mask"] or saved["settings"]["init"] or not (Path(place) / "release").exists():
-            raise UserError(f"{place} is no finished run with a mask: make one with pmp.py")
+            raise UserError(f"{place} is no finished run with a ticket of its own: make one with pmp.py and no --init")
         shadow, its_tokenizer = load_folder(Path(place) / "release")
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{place} has another tokenizer than the release: train it on the same text")

@@ -66,7 +66,7 @@ def test_runs_are_compared_in_a_table_and_a_picture_for_the_owner_alone(runs, ca
 
 
 def test_a_shadow_without_a_mask_is_refused(runs):
-    with pytest.raises(UserError, match="no finished run with a mask"):
+    with pytest.raises(UserError, match="no finished run with a ticket of its own"):
         attack.attack(*load_folder(runs / "victim/release"), [runs / "dense"], runs / "cache")
 
 
