@@ -121,8 +121,8 @@ def choose_held_out(data):
     """The rule that holds documents out: {"longest": characters, "threshold": digest, "never": digests}.
 
     It is a function of the text alone, so that no copy of a held-out document is trained on. Some 2% of the first
-    4,000,000 characters are held out, less where that would take more than a fifth of all documents, and never more than
-    a fifth, however long or frequent a document is. Raises UserError where no document is short enough for that.
+    4,000,000 characters are held out, less where that would take more than a fifth of all documents. Never more than a
+    fifth is, however long or frequent a document is. Raises UserError where no document is short enough for that.
     """
     sizes, total = {}, 0  # a document's characters, those of its copies included
     for text in undivided(data):
