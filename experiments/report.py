@@ -266,7 +266,7 @@ def describe(study):
 
 def length_table(study):
     """What more training changes, in the pairs of question 8; each arm at its own best rate."""
-    columns = ("tokens a parameter", "held-out loss, dense", "question 1, PMP − dense", "gain, dense",
+    columns = ("tokens a parameter (pairs)", "held-out loss, dense", "question 1, PMP − dense", "gain, dense",
                "question 2, outsider − dense", "question 5, outsider − authorised")
     rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for length in LENGTHS:
@@ -279,7 +279,7 @@ def length_table(study):
         before = np.array([study.release("dense", pair, "task", length) for pair in pairs])
         cells = [said(dense, sign="-"), said(lost), said(before - tuned["dense"]),
                  said(tuned["outsider"] - tuned["dense"]), said(tuned["outsider"] - tuned["authorised"])]
-        rows.append(f"| {length} | {' | '.join(cells)} |")
+        rows.append(f"| {length} ({len(pairs)}) | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
