@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Parser, UserError, atomic, command_line, path  # noqa: E402
 from glue import PAPER, PAPER_COLUMNS, read_results as read_glue  # noqa: E402
-from study import ARMS, PAIRS, RATES, read_results  # noqa: E402
+from study import ARMS, LENGTHS, LONG_PAIRS, PAIRS, RATES, read_results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-LENGTHS, LONG_PAIRS = (1, 3, 10), range(4)  # tokens a parameter, and the pairs of question 8
 BUDGET = 0.5  # nats that the pre-training loss may rise in question 3
 
 # ---- what was measured ----------------------------------------------------------------------------------------------

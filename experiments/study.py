@@ -34,6 +34,7 @@ PIECE = 4000  # characters: a longer document is cut, so that none fills an upda
 TEXT = 150_000_000  # characters at most, about 10 tokens a parameter
 STEPS = 1560  # of 8 x 256 tokens: 3.19M, one a parameter of mini-untied
 PAIRS = range(8)  # models with the same number share theta(0), the order of the text, and the settings
+LENGTHS, LONG_PAIRS = (1, 3, 10), range(4)  # tokens a parameter, and the pairs that are trained longer than one
 RATES = (1, 2, 4, 8, 16)  # times BASE_RATE
 BASE_RATE = 2e-4  # glue.py's rate for this width, 5e-5 * 768 / 192
 TUNING = ["--steps", "64", "--batch-size", "8", "--block-size", "128", "--val-every", "64", "--val-blocks", "1",
@@ -94,8 +95,8 @@ def pieces():
     for pair in PAIRS:
         yield trained("matched", pair)
         yield from tunings("matched", pair)
-    for length in (3, 10):
-        for pair in range(4):
+    for length in LENGTHS[1:]:
+        for pair in LONG_PAIRS:
             for model in ("pmp", "dense"):
                 yield trained(model, pair, length)
             for arm in ("outsider", "dense", "authorised"):
