@@ -154,23 +154,24 @@ def questions(study):
             slopes.append(float(np.polyfit(np.log10(LENGTHS), gaps, 1)[0]))
     attacks = study.attacks.get("pmp", [])
     line = f"the shadow alone {interval([attack['shadow']['found'] for attack in attacks])[0]:.2f}"
-    theirs = f"{paper_share():.0f}% of the gain (accuracy) in the median task of Table 1"
+    theirs = f"{paper_share():.0f}% less in the median task of Table 1 (TinyLlama, full, accuracy)"
     columns = ("claim", "paper", "values", "bound", "above", "unit")
     rows = [
         ("PMP preserves capability: held-out loss, PMP − dense", "yes (4.2)",
          [study.release("pmp", pair) - study.release("dense", pair) for pair in study.trained("pmp", "dense")],
          0.05, False, "nats"),
-        ("Outsiders gain less, by a tenth or more: task loss, outsider − dense, each at its own best rate", theirs,
+        ("Outsiders gain at least a tenth less: task loss, outsider − dense, each at its own best rate", theirs,
          study.gap("outsider", "dense"), tenth, True, "nats"),
-        (f"… also at equal forgetting, a rise of the pre-training loss by {BUDGET} nats", "–",
+        (f"… also at equal forgetting, {BUDGET} nats", "–",
          forgetting, tenth, True, "nats"),
         ("The early-bird ticket protects better than a random mask: task loss, outsider − random",
          "yes on most tasks (Figure 2)", study.gap("outsider", "random"), 0, True, "nats"),
         ("The mask helps those who have it: task loss, outsider − authorised", "as good or better on all tasks (4.3)",
          study.gap("outsider", "authorised"), 0, True, "nats"),
-        ("Outsiders forget more: rise of the pre-training loss at 4 ×, log(outsider / dense)",
+        ("Outsiders forget more: forgetting at 4 ×, log(outsider / dense)",
          "suggested by Proposition 1, which has no dense model", forgotten, 0, True, ""),
-        (f"The mask cannot be recovered: share of the ticket in the best guess; a random one has 0.70, {line}",
+        (f"The mask cannot be recovered by who knows the text: share of the ticket in the best guess; a random one has "
+         f"0.70, {line}",
          "not by gradients alone (5.2)", [attack["classifier"]["found"] for attack in attacks], 0.75, False, ""),
         ("The protection grows with training: slope of question 2 over log10(tokens a parameter)",
          "not said; our reading of section 3", slopes, 0, True, "nats"),
@@ -203,7 +204,7 @@ def question_table(asked):
         effect = "–"
         if ask["values"]:
             middle, half = interval(ask["values"])
-            effect = f"{middle:+.3f} ±{half:.3f} {ask['unit']}".strip()
+            effect = f"{middle:.3f} ±{half:.3f} {ask['unit']}".strip()
         side = ">" if ask["above"] else "<"
         rows.append(f"| {number} | {ask['claim']} | {effect} | {side} {ask['bound']:.3g} | {len(ask['values'])} | "
                     f"**{ask['verdict']}** | {ask['paper']} |")
@@ -231,7 +232,13 @@ def describe(study):
 
     both = study.pairs("outsider", "dense")
     add("Gain over the release, as the paper counts, dense", [study.gain("dense", pair) for pair in both])
-    add("… outsider", [study.gain("outsider", pair) for pair in both])
+    for arm in ("outsider", "random", "matched"):
+        add(f"… dense − {arm}",
+            [study.gain("dense", pair) - study.gain(arm, pair) for pair in study.pairs(arm, "dense")])
+    for name, model in (("PMP", "pmp"), ("matched", "matched")):
+        add(f"Task loss before tuning, {name} − dense",
+            [study.release(model, pair, "task") - study.release("dense", pair, "task")
+             for pair in study.trained(model, "dense")])
     add("Question 2 as a share of the dense model's gain",
         [100 * gap / study.gain("dense", pair) for gap, pair in zip(study.gap("outsider", "dense"), both)], "%", 1)
     add("Question 3 on a smooth curve in place of the line",
@@ -284,7 +291,7 @@ def length_table(study):
 
 def rate_table(study):
     """Task loss of each arm at each rate, mean over pairs, the least in bold; in brackets what is forgotten."""
-    rows = ["| arm (pairs) | release | " + " | ".join(f"{rate} ×" for rate in RATES) + " |",
+    rows = ["| arm (pairs) | before | " + " | ".join(f"{rate} ×" for rate in RATES) + " |",
             "| --- " * (len(RATES) + 2) + "|"]
     for arm, (model, _) in ARMS.items():
         pairs = study.pairs(arm)
@@ -408,13 +415,16 @@ def draw_figure_2(study, file):
     before = [[study.release(ARMS[arm][0], pair) for arm in arms] for pair in pairs]
     after = [[study.at_best(arm, pair) for arm in arms] for pair in pairs]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    titles = ("release: pre-training loss", "tuned by an outsider: task loss")
+    titles = ("release: pre-training loss", "all weights tuned: task loss")
     for axis, title, losses in zip(axes, titles, (before, after)):
-        axis.plot(range(3), np.transpose(losses), color="grey", marker="o", linewidth=0.8, alpha=0.6)
+        axis.plot(range(3), np.transpose(losses), color="grey", marker="o", linewidth=0.8, alpha=0.5)
+        half = [interval(column)[1] for column in np.transpose(losses)]
+        axis.errorbar(np.arange(3) + 0.1, np.mean(losses, axis=0), half, color="black", linestyle="", marker="_",
+                      capsize=3)
         axis.set(title=title, xticks=range(3), ylabel="nats, lower is better", xlim=(-0.3, 2.3))
         axis.set_xticklabels(("no mask", "random mask", "PMP's ticket"))
         axis.grid(alpha=0.3, axis="y")
-    figure.suptitle("a line for each pair", fontsize=9)
+    figure.suptitle("grey: a line for each pair; black: mean and 95%", fontsize=9)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -434,7 +444,8 @@ def draw_rates(study, file):
             apart = np.array(RATES) * 1.04 ** (number - 2)  # so that no interval hides another
             middle = (losses - dense).mean(0)
             left.errorbar(apart, middle, half, color=f"C{number}", marker="o", markersize=4, capsize=2)
-        right.plot(rises.mean(0), losses.mean(0), color=f"C{number}", marker="o", markersize=4, label=arm)
+        line = "--" if arm == "guessed mask" else "-"  # it covers the authorised user's
+        right.plot(rises.mean(0), losses.mean(0), line, color=f"C{number}", marker="o", markersize=4, label=arm)
     left.axhline(0, color="C0", linewidth=1)
     left.set(title="task loss minus the dense model's (Figure 4, middle)", xscale="log", ylabel="nats, 95%",
              xlabel="rate, times glue.py's")
@@ -442,7 +453,7 @@ def draw_rates(study, file):
     left.minorticks_off()
     right.axvline(BUDGET, color="grey", linestyle=":", linewidth=1)
     right.set(title="what tuning costs: lower left is better", ylabel="task loss, nats",
-              xlabel="rise of the pre-training loss, nats")
+              xlabel="forgetting: rise of the pre-training loss, nats")
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
