@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -26,6 +25,7 @@ import torch.distributed as dist
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
     raise SystemExit("error: this program needs Linux or macOS: on Windows run it in WSL") from None
 
@@ -128,7 +128,8 @@ def command_line(main):
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program may have turned it off for its imports
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a program has it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 2
     try:
         main()
@@ -208,8 +209,16 @@ def write_json(path, content, mode=0o644):
         file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def read_bytes(path, most):
-    """The content of a regular file of at most `most` bytes. Raises UserError where it is larger, or none."""
+def read_json(path, most=100_000_000):
+    """The JSON object in a file of a stranger, at most `most` bytes, every key in it once.
+
+    Raises UserError where there is none.
+    """
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file: name a file")
@@ -217,18 +226,8 @@ def read_bytes(path, most):
         content = file.read(most + 1)
     if len(content) > most:
         raise UserError(f"{path} is larger than {most:,} bytes, which no file of its kind is: restore it from a copy")
-    return content
-
-
-def read_json(path, most=100_000_000):
-    """The JSON object in a file of a stranger, every key in it once. Raises UserError where there is none."""
-    def once(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(read_bytes(path, most), object_pairs_hook=once)
+        found = json.loads(content, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # the latter: nested too deeply
         raise UserError(f"{path} is not JSON ({error}): restore it from a copy") from None
     if not isinstance(found, dict):
@@ -240,8 +239,8 @@ def read_json(path, most=100_000_000):
 def lock(path):
     """Hold the lock file `path` inside the block. Gives True, or False where another process holds it.
 
-    The system takes the lock back when a process dies. Without locks in the file system there is none: one process at a
-    time is then up to the user.
+    The system takes the lock back when a process dies. Where the file system has no locks, rank 0 holds it; one run at
+    a time is then up to the user.
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
         mine = True
@@ -250,7 +249,7 @@ def lock(path):
         except BlockingIOError:
             mine = False
         except OSError:
-            pass
+            mine = rank() == 0
         yield mine
 
 

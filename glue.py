@@ -9,7 +9,7 @@ fine-tuning, saving, the table, and the sweep over tasks, methods and seeds.
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word
 
 import copy
@@ -447,10 +447,8 @@ class Classifier(nn.Module):
 
 def pad(rows, device):
     """Token id lists -> (idx (B, T), lengths (B,)), padded on the right with id 0."""
+    idx = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
     lengths = torch.tensor([len(ids) for ids in rows])
-    idx = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, ids in enumerate(rows):
-        idx[i, :len(ids)] = torch.tensor(ids)
     return idx.to(device), lengths.to(device)
 
 

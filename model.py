@@ -337,33 +337,19 @@ def secret_generator(secret, purpose):
 
 
 RESIDUAL = ("c_proj.weight", "o_proj.weight", "down_proj.weight")  # the layers that write to the residual stream
-MATRICES = ("wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight", "c_attn.weight", "c_fc.weight",
-            "q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight")  # and layernorm.weight
-
-
-def initial_std(model, name):
-    """The standard deviation that a parameter of theta(0) is drawn with; 0 for a constant: norm gains and biases.
-
-    0.02, of the residual projections 0.02/sqrt(2L). A name that no rule covers raises KeyError.
-    """
-    if name.endswith(RESIDUAL):
-        return 0.02 / math.sqrt(2 * len(model.blocks()))
-    if name.endswith(MATRICES):
-        return 0.02
-    if name.endswith((*NORMS, ".bias")):
-        return 0.0
-    raise KeyError(f"no initialisation rule for parameter {name}")
 
 
 def initial_value(model, name, shape, secret):
-    """theta(0) of one parameter as an fp32 tensor on the CPU: N(0, initial_std), norm gains 1, biases 0.
+    """theta(0) of one parameter as an fp32 tensor on the CPU.
 
-    Each parameter has a stream of its own, so that any of them can be redrawn alone, on any machine.
+    Matrices N(0, 0.02), of residual projections N(0, 0.02/sqrt(2L)) with L blocks; norm gains 1, biases 0. Each
+    parameter has a stream of its own, so that any of them can be redrawn alone, on any machine.
     """
-    std = initial_std(model, name)
-    if not std:
-        return torch.ones(shape) if name.endswith(NORMS) else torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+    std = 0.02
+    if name.endswith(RESIDUAL):
+        std = 0.02 / math.sqrt(2 * len(model.blocks()))
     draw = std * secret_generator(secret, name).standard_normal(tuple(shape))  # float64
     # Rounded to fp32 once. A product of two fp32 numbers would leave gaps: for std 0.02, some 22% of the fp32 numbers
     # whose mantissa is in [1.28, 2) are the product of no fp32 z. A trained weight lands in them, a frozen one never.
@@ -445,8 +431,6 @@ def read_config(file):
     if raw.get("model_type") not in ("gpt2", "llama"):
         kind = str(raw.get("model_type"))
         raise UserError(f"{file}: model_type {kind:.40} is not supported, only gpt2 and llama are")
-    if "rope_scaling" in raw and "rope_parameters" in raw:
-        raise UserError(f"{file} has both rope_scaling and rope_parameters: remove the one that does not count")
     rope = raw.pop("rope_parameters", {})  # transformers 5 keeps theta inside
     if not isinstance(rope, dict) or rope.pop("rope_type", "default") != "default" or rope.keys() - {"rope_theta"}:
         raise UserError(f"{file}: rope_parameters {str(rope):.80} are not supported, only the default rotation is")
@@ -463,7 +447,7 @@ def read_config(file):
             raise UserError(f"{file} lacks {missing[0]}: this is not a whole config.json")
     config = kind(**{field.name: raw[field.name] for field in fields(kind) if field.name in raw})
     for key, value in vars(config).items():
-        most = 512 if "layer" in key and isinstance(value, int) else 2**24
+        most = 512 if "layer" in key else 2**24
         fits = type(value) is int and 1 <= value <= most
         if "eps" in key or key == "rope_theta":
             fits = type(value) in (int, float) and 0 < value < 1e12

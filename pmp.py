@@ -11,7 +11,7 @@ A mask is a dict {parameter name: bool tensor}: True is the ticket, False the co
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a word
 
 import math
@@ -425,23 +425,15 @@ def main(argv=None):
 
         # ---- the text. What is too short is found out now, before anything is trained
 
-        asked = []  # signals that asked for the end, once training begins
-
-        def check():
-            """Leave while waiting for text, if a signal asks for it."""
-            if asked and not args.shard:  # sharded ranks leave together, after an update
-                raise Stopped(128 + asked[0])
-
         if args.init:
             model, tokenizer = first_then_others(lambda: load_folder(args.init))
             shape = model.config
             origin = {name: p.detach() for name, p in model.named_parameters()}  # in place of theta(0)
             args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
+            start = str(shape) + fingerprint(origin)  # what the run begins with, besides the secret and the text
         else:
             shape, tokenizer, _ = PRESETS[args.preset]
-        start = str(shape)  # what the run begins with, besides the secret and the text
-        if args.init:
-            start += fingerprint(origin)
+            start = str(shape)
         if (saved or twin or {}).get("start", start) != start:
             raise UserError(f"the run in {out if saved else args.twin} began with another model: put the preset or the "
                             "release of --init back as it was, or name another --out")
@@ -455,11 +447,11 @@ def main(argv=None):
             texts = twin["texts"]
         want = max(args.steps, args.eb_steps) * sequences * args.block_size
         tokenizer, train, held = first_then_others(lambda: prepare(
-            args.data, tokenizer, want, args.seed, args.cache, args.shuffle_buffer, texts.get("data"), check))
+            args.data, tokenizer, want, args.seed, args.cache, args.shuffle_buffer, texts.get("data")))
         held_out = {args.data: held}
         if args.also:
             _, other, held_out[args.also] = first_then_others(lambda: prepare(
-                args.also, tokenizer, 0, args.seed, args.cache, args.shuffle_buffer, texts.get("also"), check))
+                args.also, tokenizer, 0, args.seed, args.cache, args.shuffle_buffer, texts.get("also")))
         texts = {"data": train.identity, "also": other.identity if args.also else None}
         for name, tokens in held_out.items():
             if tokens.blocks(args.block_size) < world():
@@ -562,19 +554,25 @@ def main(argv=None):
 
         def check_complement():
             """Raise UserError where an entry outside the ticket differs, in any bit, from theta(0)."""
-            nonlocal ready
             for name in masks or ():
                 p = params[name]
                 differs = p.detach().view(torch.int32) != split_like(p, theta_0(name)).view(torch.int32)
                 moved = int((whole(differs) & ~whole(masks[name])).count_nonzero())
                 if moved:
-                    ready = False  # what broke is not saved now
                     raise UserError(f"{moved} entries of {name} outside the ticket have left theta(0) by update "
                                     f"{step}: mask what your optimizer does (eq. 5), or drop check_complement")
 
         # ---- the first lines. From here on Ctrl-C and the like wait for the end of an update
 
+        asked = []  # signals that asked for the end
         leaving.enter_context(stop_signals(asked))
+
+        def check():
+            """Leave while waiting for text, if a signal asks for it."""
+            if asked and not args.shard:  # sharded ranks leave together, after an update
+                raise Stopped(128 + asked[0])
+
+        train.check = check
         say(f"{args.preset or args.init}: {d:,} parameters, {device} {args.dtype}"
             + (f", {world()} ranks" if world() > 1 else ""))
         say(f"{args.steps:,} updates of {sequences * args.block_size:,} tokens; the text has "
@@ -653,13 +651,12 @@ def main(argv=None):
                 ready = False
                 norm = optimizer.step(lr, args.clip)  # eq. 5: masks the gradients, clips them, moves the ticket
                 step += 1
-                ready = True
                 seconds = time.perf_counter() - began
-                numbers = {}
-                if step % args.val_every == 0 or step == args.steps:
-                    numbers["val"] = validate(held)
-                if step == 1 or numbers:
-                    check_complement()
+                validating = step % args.val_every == 0 or step == args.steps
+                if step == 1 or validating:
+                    check_complement()  # while not ready: what broke is not saved
+                ready = True
+                numbers = {"val": validate(held)} if validating else {}
                 progress.step("stage II", step, args.steps, seconds, loss=float(loss), **numbers, lr=lr, norm=norm)
                 epoch = train.epoch((step + 1) * sequences - 1, args.block_size)  # of the next update
                 if step < args.steps and epoch > train.epoch(step * sequences - 1, args.block_size):

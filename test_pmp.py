@@ -288,7 +288,8 @@ def test_whatever_ends_the_packing_reaches_the_reader_who_does_not_wait_for_ever
     tokenizer.encode_many = panic
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
     patience = iter(range(50))
-    _, train, _ = prepare(str(path), tokenizer, 0, cache=tmp_path, check=lambda: next(patience))
+    _, train, _ = prepare(str(path), tokenizer, 0, cache=tmp_path)
+    train.check = lambda: next(patience)
     with pytest.raises(SystemExit):
         train.read(0, 1, 16)
 
@@ -584,10 +585,10 @@ def test_the_initial_weights_depend_on_the_secret_alone_have_their_deviation_and
         assert p.std().item() == pytest.approx(std, rel=0.02)
     assert digest.hexdigest() == expected
     # an optimizer's step of 0 would change the bits of a -0.0
-    odd = SimpleNamespace(standard_normal=lambda shape: np.array([-0.0, -1e-60, 1.0]))
+    odd = SimpleNamespace(standard_normal=lambda shape: np.array([[-0.0, -1e-60, 1.0]]))
     monkeypatch.setattr(model_module, "secret_generator", lambda secret, name: odd)
-    bits = model_module.initial_value(model, "lm_head.weight", (3,), b"x").view(torch.int32).tolist()
-    assert bits[:2] == [0, 0]
+    bits = model_module.initial_value(model, "lm_head.weight", (1, 3), b"x").view(torch.int32)
+    assert bits[0, :2].tolist() == [0, 0]
 
 
 def test_sampling_is_seeded_leaves_torchs_own_generator_alone_and_says_when_the_weights_are_broken():
@@ -609,7 +610,7 @@ NORM = "model.norm.weight"
 
 @pytest.mark.parametrize("kind, config, tensors, expected", [  # changes of config.json and tensors; None removes
     ("llama", {"model_type": "mistral"}, {}, "model_type mistral"),
-    ("llama", {"rope_scaling": {"factor": 2}, "rope_parameters": {"rope_type": "default"}}, {}, "both rope_scaling"),
+    ("llama", {"rope_scaling": {"factor": 2}, "rope_parameters": {"rope_type": "default"}}, {}, "rope_scaling"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, {}, "rope_parameters"),
     ("llama", {"quantization_config": {"bits": 4}}, {}, "quantization_config"),
     ("llama", {"hidden_act": "gelu"}, {}, "hidden_act"),
@@ -1678,6 +1679,12 @@ def test_an_ignored_signal_stays_ignored_as_under_nohup():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's "&" has it
+    try:
+        command_line(lambda: None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_bad_line_deep_in_the_text_keeps_the_finished_updates(flags, tmp_path, monkeypatch, capsys):
@@ -1751,6 +1758,17 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_its_end_is_refused(flags, tm
 def limit_files(size=resource.RLIM_INFINITY):
     """What may be written into a file from now on, in bytes; more is an OSError, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_where_a_disk_has_no_locks_one_rank_alone_holds_them(tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("common.fcntl.flock", unsupported)
+    for number in (0, 1):
+        monkeypatch.setattr("common.rank", lambda: number)
+        with lock(tmp_path / "lock") as mine:
+            assert mine == (number == 0)
 
 
 def test_of_two_writers_of_one_file_each_is_whole_and_the_last_to_end_stays(tmp_path):

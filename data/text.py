@@ -337,14 +337,13 @@ def slimpajama(split, start):
 # ---- packed tokens -------------------------------------------------------------------------------------------------
 
 
-def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=BUFFER, expected=None,
-            check=lambda: None):
+def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=BUFFER, expected=None):
     """(Tokenizer, training Tokens, held-out Tokens) of a text, from the cache or growing into it.
 
     tokenizer: "gpt2", or "bpe" for 4,096 tokens trained on the text itself, or a Tokenizer. Returns as soon as the
     held-out text is complete; the training tokens follow in a thread, up to `want_tokens` of them or whatever is read
-    beyond. expected: the `identity` that training Tokens once had, or None. check(): called while waiting; what it
-    raises ends the wait. Raises UserError when text or cache are unfit, or the text is not the expected one.
+    beyond. expected: the `identity` that training Tokens once had, or None. Raises UserError when text or cache are
+    unfit, or the text is not the expected one.
     """
     name = tokenizer
     if isinstance(tokenizer, Tokenizer):
@@ -370,15 +369,14 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
         if not said:
             say("another process is preparing the text")
         said = True
-        check()
         time.sleep(0.2)
     if tokenizer == "bpe":
         tokenizer = Tokenizer.load(folder / "tokenizer")
     elif tokenizer == "gpt2":
         tokenizer = Tokenizer.gpt2()
 
-    held = Tokens(folder / "held-out", seed, check)
-    train = Tokens(folder / "train", seed, check)
+    held = Tokens(folder / "held-out", seed)
+    train = Tokens(folder / "train", seed)
     train.source = (data, tokenizer, shuffle_buffer, held.state["rule"])
     train.identity = identity
     train.want(want_tokens)
@@ -414,13 +412,14 @@ class Tokens:
     tokens also rows (of the text that are packed) and windows (how many they made), of held-out ones the rule.
     """
 
-    def __init__(self, path, seed, check=lambda: None):
+    def __init__(self, path, seed):
         """path: without suffix. Raises UserError where the file is damaged."""
         self.bin, self.json = Path(f"{path}.bin"), Path(f"{path}.json")
-        self.seed, self.check = seed, check
+        self.seed = seed
         self.state = {"tokens": 0, "crc": 0, "done": False, "rows": 0, "windows": 0}
         self.wanted, self.waiting = 0, 0
         self.source = self.thread = self.error = None
+        self.check = lambda: None  # called while waiting for tokens; what it raises ends the wait
         if self.bin.is_symlink() or self.json.is_symlink():
             raise UserError(f"{self.bin} or {self.json.name} is a link, which is not followed: remove it")
         self.refresh()
