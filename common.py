@@ -50,7 +50,8 @@ def stop_signals(asked):
 
     def ask(number, frame):
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:

@@ -425,12 +425,13 @@ def main(argv=None):
 
         # ---- the text. What is too short is found out now, before anything is trained
 
+        # start: what the run begins with, besides the secret and the text
         if args.init:
             model, tokenizer = first_then_others(lambda: load_folder(args.init))
             shape = model.config
             origin = {name: p.detach() for name, p in model.named_parameters()}  # in place of theta(0)
             args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
-            start = str(shape) + fingerprint(origin)  # what the run begins with, besides the secret and the text
+            start = str(shape) + fingerprint(origin)
         else:
             shape, tokenizer, _ = PRESETS[args.preset]
             start = str(shape)
@@ -654,7 +655,7 @@ def main(argv=None):
                 seconds = time.perf_counter() - began
                 validating = step % args.val_every == 0 or step == args.steps
                 if step == 1 or validating:
-                    check_complement()  # while not ready: what broke is not saved
+                    check_complement()  # not ready yet: what is broken, or could not be checked, is not saved
                 ready = True
                 numbers = {"val": validate(held)} if validating else {}
                 progress.step("stage II", step, args.steps, seconds, loss=float(loss), **numbers, lr=lr, norm=norm)
