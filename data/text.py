@@ -41,7 +41,7 @@ CACHE = Path(__file__).parent / "cache"
 BUFFER = 50_000  # documents that are shuffled together (section 4.1)
 WINDOW_CHARACTERS = 2**28  # and no more characters than this, so that a window fits the memory
 HELD_OUT_TOKENS = 131_072  # of the held-out documents the first so many, the last one whole; the rest is unused
-FORMAT = 2  # part of the cache's name: raise it when the same documents would give other bytes
+FORMAT = 3  # part of the cache's name: raise it when the same documents would give other bytes
 
 # ---- documents -----------------------------------------------------------------------------------------------------
 

@@ -273,7 +273,7 @@ def describe(study):
 def length_table(study):
     """What more training changes, in the pairs of question 8; each arm at its own best rate."""
     columns = ("tokens a parameter (pairs)", "held-out loss, dense", "question 1, PMP − dense", "gain, dense",
-               "question 2, outsider − dense", "question 5, outsider − authorised")
+               "question 2, outsider − dense", "… both at 8 ×", "question 5, outsider − authorised")
     rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for length in LENGTHS:
         pairs = [pair for pair in study.pairs("outsider", "dense", "authorised", length=length) if pair in LONG_PAIRS]
@@ -283,8 +283,10 @@ def length_table(study):
         for arm in ("outsider", "dense", "authorised"):
             tuned[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
         before = np.array([study.release("dense", pair, "task", length) for pair in pairs])
+        equal = [study.tuned("outsider", pair, 8, length=length) - study.tuned("dense", pair, 8, length=length)
+                 for pair in pairs]
         cells = [said(dense, sign="-"), said(lost), said(before - tuned["dense"]),
-                 said(tuned["outsider"] - tuned["dense"]), said(tuned["outsider"] - tuned["authorised"])]
+                 said(tuned["outsider"] - tuned["dense"]), said(equal), said(tuned["outsider"] - tuned["authorised"])]
         rows.append(f"| {length} ({len(pairs)}) | {' | '.join(cells)} |")
     return "\n".join(rows)
 
