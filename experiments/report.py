@@ -84,19 +84,19 @@ class Study:
         rises = [self.rise(name, pair, 4) for name in (arm, "dense")]
         return math.log(rises[0] / rises[1]) if min(rises) > 0 else math.nan
 
-    def at_equal_forgetting(self, arm, pair, smooth=False):
-        """The task loss where the pre-training loss has risen by BUDGET, on a line between the two nearest rates.
+    def at_equal_forgetting(self, arm, pair, budget=BUDGET, smooth=False):
+        """The task loss where the pre-training loss has risen by budget, on a line between the two nearest rates.
 
         The arm begins at (0, the release's task loss). smooth: on a monotone cubic in place of the line. nan where no
         rate forgets so much, or where a higher rate forgets less.
         """
         rises = [0.0] + [self.rise(arm, pair, rate) for rate in RATES]
         losses = [self.release(ARMS[arm][0], pair, "task")] + [self.tuned(arm, pair, rate) for rate in RATES]
-        if rises != sorted(set(rises)) or rises[-1] < BUDGET:
+        if rises != sorted(set(rises)) or rises[-1] < budget:
             return math.nan
         if smooth:
-            return float(interpolate.PchipInterpolator(rises, losses)(BUDGET))
-        return float(np.interp(BUDGET, rises, losses))
+            return float(interpolate.PchipInterpolator(rises, losses)(budget))
+        return float(np.interp(budget, rises, losses))
 
     def gap(self, a, b, length=1):
         """The task loss of arm a minus that of arm b by pair, each at its own best rate."""
@@ -241,9 +241,11 @@ def describe(study):
              for pair in study.trained(model, "dense")])
     add("Question 2 as a share of the dense model's gain",
         [100 * gap / study.gain("dense", pair) for gap, pair in zip(study.gap("outsider", "dense"), both)], "%", 1)
-    add("Question 3 on a smooth curve in place of the line",
-        [study.at_equal_forgetting("outsider", pair, True) - study.at_equal_forgetting("dense", pair, True)
-         for pair in both])
+    for text, options in (("on a smooth curve in place of the line", {"smooth": True}),
+                          ("at a rise by 0.7 nats", {"budget": 0.7})):
+        add(f"Question 3 {text}",
+            [study.at_equal_forgetting("outsider", pair, **options)
+             - study.at_equal_forgetting("dense", pair, **options) for pair in both])
     for number, arm, other in ((2, "outsider", "dense"), (4, "outsider", "random")):
         left = []
         for pair in study.pairs(arm, other, "dense", "matched"):
@@ -252,11 +254,6 @@ def describe(study):
             lost = slope * (study.release(ARMS[arm][0], pair) - study.release(ARMS[other][0], pair))
             left.append(study.at_best(arm, pair) - study.at_best(other, pair) - lost)
         add(f"Question {number} without what the lost capability explains, on the line of `matched`", left)
-    helped = []
-    for pair in study.pairs("outsider", "authorised", "dense", "dense in the mask"):
-        gap = study.at_best("outsider", pair) - study.at_best("authorised", pair)
-        helped.append(gap - study.at_best("dense", pair) + study.at_best("dense in the mask", pair))
-    add("Question 5 minus the same for the dense model in the mask", helped)
     for arm in ("random", "authorised", "matched"):
         add(f"Question 6 for {arm} in place of the outsider",
             [study.log_rise(arm, pair) for pair in study.pairs(arm, "dense")], "")
@@ -271,24 +268,32 @@ def describe(study):
 
 
 def length_table(study):
-    """What more training changes, in the pairs of question 8; each arm at its own best rate."""
-    columns = ("tokens a parameter (pairs)", "held-out loss, dense", "question 1, PMP − dense", "gain, dense",
-               "question 2, outsider − dense", "… both at 8 ×", "question 5, outsider − authorised")
-    rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    """What more training changes, in the pairs of question 8; each arm at its own best rate unless a rate is named."""
+    heads, rows = ["tokens a parameter (pairs)"], {}
     for length in LENGTHS:
         pairs = [pair for pair in study.pairs("outsider", "dense", "authorised", length=length) if pair in LONG_PAIRS]
-        dense = [study.release("dense", pair, length=length) for pair in pairs]
-        lost = [study.release("pmp", pair, length=length) - loss for pair, loss in zip(pairs, dense)]
-        tuned = {}
+        heads.append(f"{length} ({len(pairs)})")
+        best, at_8, before = {}, {}, {}  # task losses by pair, of each arm
         for arm in ("outsider", "dense", "authorised"):
-            tuned[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
-        before = np.array([study.release("dense", pair, "task", length) for pair in pairs])
-        equal = [study.tuned("outsider", pair, 8, length=length) - study.tuned("dense", pair, 8, length=length)
-                 for pair in pairs]
-        cells = [said(dense, sign="-"), said(lost), said(before - tuned["dense"]),
-                 said(tuned["outsider"] - tuned["dense"]), said(equal), said(tuned["outsider"] - tuned["authorised"])]
-        rows.append(f"| {length} ({len(pairs)}) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+            best[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
+            at_8[arm] = np.array([study.tuned(arm, pair, 8, length=length) for pair in pairs])
+            before[arm] = np.array([study.release(ARMS[arm][0], pair, "task", length) for pair in pairs])
+        dense = np.array([study.release("dense", pair, length=length) for pair in pairs])
+        pmp = np.array([study.release("pmp", pair, length=length) for pair in pairs])
+        gap = best["outsider"] - best["dense"]
+        for name, values in (
+                ("held-out loss, dense", dense), ("question 1, PMP − dense", pmp - dense),
+                ("gain, dense", before["dense"] - best["dense"]),
+                ("question 2, outsider − dense", gap), ("… both at 8 ×", at_8["outsider"] - at_8["dense"]),
+                ("… before tuning", before["outsider"] - before["dense"]),
+                ("… by gain, dense − outsider", gap - before["outsider"] + before["dense"]),
+                ("question 5, outsider − authorised", best["outsider"] - best["authorised"]),
+                ("… the mask at 8 ×", at_8["outsider"] - at_8["authorised"])):
+            rows.setdefault(name, []).append(said(values, sign="-" if name.startswith("held-out") else "+"))
+    text = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name, cells in rows.items():
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def rate_table(study):
@@ -317,6 +322,12 @@ def equal_rate_table(study):
         pairs = study.pairs(a, b)
         cells = [said([study.tuned(a, pair, rate) - study.tuned(b, pair, rate) for pair in pairs]) for rate in RATES]
         rows.append(f"| {a} − {b} ({len(pairs)}) | {' | '.join(cells)} |")
+    arms = ("outsider", "authorised", "dense", "dense in the mask")
+    pairs, cells = study.pairs(*arms), []
+    for rate in RATES:
+        tuned = [np.array([study.tuned(arm, pair, rate) for pair in pairs]) for arm in arms]
+        cells.append(said(tuned[0] - tuned[1] - tuned[2] + tuned[3]))
+    rows.append(f"| the third line minus the fourth ({len(pairs)}) | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -389,10 +400,13 @@ def measure_table(lines):
                 values.append(curve[line["alphas"].index(0.1)] - curve[line["alphas"].index(0.0)])
             cells.append(said(values))
         rows.append(f"| Figure 5: rise of the loss, {name} | {' | '.join(cells)} | |")
-    for term in ("slope", "curvature"):
+    for label, terms in (("slope", ["slope"]), ("curvature", ["curvature"]), ("sum", ["slope", "curvature"])):
         for name, found in twins.items():
-            cells = [said([line["proposition 1"][term][place] for line in found]) for place in places]
-            rows.append(f"| Proposition 1: {term}, {name} | {' | '.join(cells)} |")
+            cells = []
+            for place in places:
+                values = [sum(line["proposition 1"][term][place] for term in terms) for line in found]
+                cells.append(said(values))
+            rows.append(f"| Proposition 1: {label}, {name} | {' | '.join(cells)} |")
     heads = ("gradients of 0, ticket", "complement", "AUC of the rest", "the largest 70% find",
              "squared gradient in the ticket")
     rows += ["", f"| | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
@@ -456,7 +470,7 @@ def draw_rates(study, file):
     right.axvline(BUDGET, color="grey", linestyle=":", linewidth=1)
     right.set(title="what tuning costs: lower left is better", ylabel="task loss, nats",
               xlabel="forgetting: rise of the pre-training loss, nats")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
