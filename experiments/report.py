@@ -170,11 +170,11 @@ def questions(study):
          study.gap("outsider", "authorised"), 0, True, "nats"),
         ("Outsiders forget more: forgetting at 4 ×, log(outsider / dense)",
          "suggested by Proposition 1, which has no dense model", forgotten, 0, True, ""),
-        (f"The mask cannot be recovered by who knows the text: share of the ticket in the best guess; a random one has "
-         f"0.70, {line}",
+        (f"The mask cannot be recovered by somebody who knows the text: share of the ticket in the best guess; a "
+         f"random one has 0.70, {line}",
          "not by gradients alone (5.2)", [attack["classifier"]["found"] for attack in attacks], 0.75, False, ""),
         ("The protection grows with training: slope of question 2 over log10(tokens a parameter)",
-         "not said; our reading of section 3", slopes, 0, True, "nats"),
+         "not said; our reading of section 3", slopes, 0, True, "nats a tenfold"),
     ]
     return [dict(zip(columns, row)) for row in rows]
 
