@@ -24,6 +24,7 @@ from study import ARMS, LENGTHS, LONG_PAIRS, PAIRS, RATES, read_results  # noqa:
 
 HERE = Path(__file__).resolve().parent
 BUDGET = 0.5  # nats that the pre-training loss may rise in question 3
+AT_RATES = [f"{rate} ×" for rate in RATES]  # heads of columns
 
 # ---- what was measured ----------------------------------------------------------------------------------------------
 
@@ -198,17 +199,25 @@ def judge(asked):
     return asked
 
 
+def markdown(heads, rows):
+    """A Markdown table. heads: a list of str; rows: lists of as many."""
+    lines = []
+    for cells in [heads, ["---"] * len(heads), *rows]:
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def question_table(asked):
-    rows = ["| | claim | effect (95%) | bound | pairs | verdict | the paper |", "| --- " * 7 + "|"]
+    rows = []
     for number, ask in enumerate(asked, 1):
         effect = "–"
         if ask["values"]:
             middle, half = interval(ask["values"])
             effect = f"{middle:.3f} ±{half:.3f} {ask['unit']}".strip()
         side = ">" if ask["above"] else "<"
-        rows.append(f"| {number} | {ask['claim']} | {effect} | {side} {ask['bound']:.3g} | {len(ask['values'])} | "
-                    f"**{ask['verdict']}** | {ask['paper']} |")
-    return "\n".join(rows)
+        rows.append([str(number), ask["claim"], effect, f"{side} {ask['bound']:.3g}", str(len(ask["values"])),
+                     f"**{ask['verdict']}**", ask["paper"]])
+    return markdown(["", "claim", "effect (95%)", "bound", "pairs", "verdict", "the paper"], rows)
 
 
 # ---- what is described, without a verdict ---------------------------------------------------------------------------
@@ -289,46 +298,44 @@ def length_table(study):
                 ("… by gain, dense − outsider", gap - before["outsider"] + before["dense"]),
                 ("question 5, outsider − authorised", best["outsider"] - best["authorised"]),
                 ("… the mask at 8 ×", at_8["outsider"] - at_8["authorised"])):
-            rows.setdefault(name, []).append(said(values, sign="-" if name.startswith("held-out") else "+"))
-    text = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for name, cells in rows.items():
-        text.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(text)
+            row = rows.setdefault(name, [name])
+            row.append(said(values, sign="-" if name.startswith("held-out") else "+"))
+    return markdown(heads, rows.values())
 
 
 def rate_table(study):
     """Task loss of each arm at each rate, mean over pairs, the least in bold; in brackets what is forgotten."""
-    rows = ["| arm (pairs) | before | " + " | ".join(f"{rate} ×" for rate in RATES) + " |",
-            "| --- " * (len(RATES) + 2) + "|"]
+    rows = []
     for arm, (model, _) in ARMS.items():
         pairs = study.pairs(arm)
         if not pairs:
             continue
-        cells = [f"{np.mean([study.release(model, pair, 'task') for pair in pairs]):.3f}"]
+        before = np.mean([study.release(model, pair, "task") for pair in pairs])
+        cells = [f"{arm} ({len(pairs)})", f"{before:.3f}"]
         losses = [np.mean([study.tuned(arm, pair, rate) for pair in pairs]) for rate in RATES]
         for rate, loss in zip(RATES, losses):
             rise = np.mean([study.rise(arm, pair, rate) for pair in pairs])
             mark = "**" if loss == min(losses) else ""
             cells.append(f"{mark}{loss:.3f}{mark} ({rise:+.2f})")
-        rows.append(f"| {arm} ({len(pairs)}) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return markdown(["arm (pairs)", "before", *AT_RATES], rows)
 
 
 def equal_rate_table(study):
     """Differences of the task loss at equal rates: mean and 95% interval; in brackets the number of pairs."""
-    rows = ["| task loss | " + " | ".join(f"{rate} ×" for rate in RATES) + " |", "| --- " * (len(RATES) + 1) + "|"]
+    rows = []
     for a, b in (("outsider", "dense"), ("outsider", "random"), ("outsider", "authorised"),
                  ("dense", "dense in the mask"), ("guessed mask", "authorised")):
         pairs = study.pairs(a, b)
         cells = [said([study.tuned(a, pair, rate) - study.tuned(b, pair, rate) for pair in pairs]) for rate in RATES]
-        rows.append(f"| {a} − {b} ({len(pairs)}) | {' | '.join(cells)} |")
+        rows.append([f"{a} − {b} ({len(pairs)})", *cells])
     arms = ("outsider", "authorised", "dense", "dense in the mask")
     pairs, cells = study.pairs(*arms), []
     for rate in RATES:
         tuned = [np.array([study.tuned(arm, pair, rate) for pair in pairs]) for arm in arms]
         cells.append(said(tuned[0] - tuned[1] - tuned[2] + tuned[3]))
-    rows.append(f"| the third line minus the fourth ({len(pairs)}) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows.append([f"the third line minus the fourth ({len(pairs)})", *cells])
+    return markdown(["task loss", *AT_RATES], rows)
 
 
 def table_1(lines, owners):
@@ -342,8 +349,7 @@ def table_1(lines, owners):
             row.setdefault(column, []).append(scores["accuracy"])
             commonest[column] = line["commonest"][column]
     columns = [column for column in PAPER_COLUMNS if column in commonest]
-    text = ["| | " + " | ".join(columns) + " | average | the paper's TinyLlama, these columns |",
-            "| --- " * (len(columns) + 3) + "|"]
+    text = []
     for method in ("base", "lora", "full"):
         for place, (model, mask) in enumerate((("dense", False), ("pmp", False), ("pmp", True))):
             row = rows.get((method, model, mask), {})
@@ -361,11 +367,10 @@ def table_1(lines, owners):
                 numbers = dict(zip(PAPER_COLUMNS, PAPER["TinyLlama"][method][place].split()))
                 theirs = " / ".join(numbers[column] for column in columns)
             name = method + (", PMP" if model == "pmp" else "") + (" + mask" if mask else "")
-            text.append(f"| {name} | {' | '.join(cells)} | {average} | {theirs} |")
-    cells = [f"{commonest[column]:.1f}" for column in columns]
-    text.append(f"| always the commonest class | {' | '.join(cells)} | "
-                f"{np.mean([commonest[column] for column in columns]):.1f} | |")
-    return "\n".join(text)
+            text.append([name, *cells, average, theirs])
+    values = [commonest[column] for column in columns]
+    text.append(["always the commonest class", *[f"{value:.1f}" for value in [*values, np.mean(values)]], ""])
+    return markdown(["", *columns, "average", "the paper's TinyLlama, these columns"], text)
 
 
 def attack_table(attacks):
@@ -375,14 +380,14 @@ def attack_table(attacks):
     for model, mask in masks.items():
         count = len(attacks.get(model, []))
         columns += [f"{mask} ({count}): found", "surest 30%"]
-    rows = ["| attack | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    rows = []
     for name in ("gradient", "distance", "shadow", "classifier"):
         cells = []
         for model in masks:
             for score in ("found", "surest"):
                 cells.append(said([line[name][score] for line in attacks.get(model, [])], sign="-"))
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([name, *cells])
+    return markdown(["attack", *columns], rows)
 
 
 def measure_table(lines):
@@ -390,7 +395,7 @@ def measure_table(lines):
     twins = {"PMP": [line for line in lines if line["key"]["model"] == "pmp"],
              "dense": [line for line in lines if line["key"]["model"] == "dense"]}
     places = ("ticket", "complement", "full", "cross")
-    rows = ["| | ticket | complement | all weights | cross term |", "| --- " * 5 + "|"]
+    rows = []
     for name, found in twins.items():
         cells = []
         for place in places[:3]:
@@ -399,17 +404,16 @@ def measure_table(lines):
                 curve = line["figure 5"][place]
                 values.append(curve[line["alphas"].index(0.1)] - curve[line["alphas"].index(0.0)])
             cells.append(said(values))
-        rows.append(f"| Figure 5: rise of the loss, {name} | {' | '.join(cells)} | |")
+        rows.append([f"Figure 5: rise of the loss, {name}", *cells, ""])
     for label, terms in (("slope", ["slope"]), ("curvature", ["curvature"]), ("sum", ["slope", "curvature"])):
         for name, found in twins.items():
             cells = []
             for place in places:
                 values = [sum(line["proposition 1"][term][place] for term in terms) for line in found]
                 cells.append(said(values))
-            rows.append(f"| Proposition 1: {label}, {name} | {' | '.join(cells)} |")
-    heads = ("gradients of 0, ticket", "complement", "AUC of the rest", "the largest 70% find",
-             "squared gradient in the ticket")
-    rows += ["", f"| | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+            rows.append([f"Proposition 1: {label}, {name}", *cells])
+    text = markdown(["", "ticket", "complement", "all weights", "cross term"], rows)
+    rows = []
     for name, found in twins.items():
         figure_6 = [line["figure 6"] for line in found]
         columns = [[figure["zeros"]["ticket"] for figure in figure_6],
@@ -417,8 +421,10 @@ def measure_table(lines):
                    [figure["auc of the rest"] for figure in figure_6], [figure["found"] for figure in figure_6],
                    [line["premise"] for line in found]]
         cells = [said(values, sign="-") for values in columns]
-        rows.append(f"| Figure 6, section 3: {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([f"Figure 6, section 3: {name}", *cells])
+    heads = ["", "gradients of 0, ticket", "complement", "AUC of the rest", "the largest 70% find",
+             "squared gradient in the ticket"]
+    return text + "\n\n" + markdown(heads, rows)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
