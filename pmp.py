@@ -57,8 +57,8 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # the flags. Defaults are those of section 4.1 and appendix A, where these give one; a preset may have its own
 
-ANEW = ("out", "cache", "device", "compile", "shard", "save_every", "resume")  # a resumed run may have others
-STAGE_1 = ("preset", "rho", "ticket", "score", "eb_steps", "eb_iou", "eb_patience", "init_seed", "twin")  # not --init's
+MAY_CHANGE = ("out", "cache", "device", "compile", "shard", "save_every", "resume")  # when a run is resumed
+NOT_WITH_INIT = ("preset", "rho", "ticket", "score", "eb_steps", "eb_iou", "eb_patience", "init_seed", "twin")
 
 EXAMPLES = """examples:
   python pmp.py --rho 0.7                                 a few minutes on a laptop
@@ -123,7 +123,7 @@ def parse(argv):
     add("init_seed", number(int, 0, 2**62), None, "draw theta(0) from this number: then anyone can read the mask off")
     add("device", str, "auto", "cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("dtype", ("auto", "fp32", "bf16"), "auto", "precision of matrix products; the weights stay fp32")
-    add("compile", ("auto", "on", "off"), "auto", "torch.compile; auto: on a GPU, and from 0.5M tokens on")
+    add("compile", ("auto", "on", "off"), "auto", "torch.compile; auto: on a GPU, or where a run has over 0.5M tokens")
     add("shard", bool, False, "split weights, gradients, moments and mask over torchrun's processes")
     typed = vars(parser.parse_args(argv))
     for name in ("data", "also", "init", "mask", "twin", "cache"):
@@ -137,22 +137,23 @@ def settings_of(typed, defaults, saved, twin):
 
     Raises UserError that names a flag which does not go with the others.
     """
-    anew = {"out": defaults["out"], "shard": False, "resume": False}
+    own = {"out": defaults["out"], "shard": False, "resume": False}  # never taken over from a checkpoint
     if saved:
         for name, value in typed.items():
-            if name not in ANEW and value not in (saved["settings"][name], "auto"):
+            # a resumed run keeps its dtype, so "auto" is no contradiction
+            if name not in MAY_CHANGE and value not in (saved["settings"][name], "auto"):
                 has = "" if name == "init_seed" else f" ({saved['settings'][name]})"  # that number is a secret
                 raise UserError(f"--{name.replace('_', '-')} {value} is not what the run in OUT has{has}: leave it "
                                 "out, or name another --out")
-        return {**saved["settings"], **anew, **typed, "dtype": saved["settings"]["dtype"]}
+        return {**saved["settings"], **own, **typed, "dtype": saved["settings"]["dtype"]}
     settings = {**defaults, **PRESETS[typed.get("preset", defaults["preset"])][2], **typed}
     if twin:
         for name in ("preset", "init_seed"):
             if typed.get(name, twin["settings"][name]) != twin["settings"][name]:
                 raise UserError(f"--{name.replace('_', '-')} {typed[name]} is not what the twin has: leave it out")
-        settings = {**twin["settings"], **anew, **typed}
+        settings = {**twin["settings"], **own, **typed}
     if settings["init"]:
-        if unfit := [name for name in STAGE_1 if name in typed]:
+        if unfit := [name for name in NOT_WITH_INIT if name in typed]:
             raise UserError(f"--{unfit[0].replace('_', '-')} has no meaning with --init: leave it out")
         suits = {"steps": 500, "warmup": 50, "grad_accum": 1, "val_every": 100, "val_blocks": 64, "save_every": 100}
         settings = {**defaults, **suits, "rho": None, "preset": None, "lr": None, **typed}
@@ -197,9 +198,10 @@ def topk_mask(scores, k):
 
 
 def kth_largest(flat, k):
-    """The k-th largest of flat (d,), fp32 numbers from 0 on, which sort as their bits do: halves the range of the bits.
+    """The k-th largest of flat (d,), non-negative fp32 numbers, by bisection.
 
-    A count uses a whole GPU, where torch.kthvalue uses one of its processors.
+    Such numbers sort as their bits do, read as integers: 31 counts find the bits of the answer. A count keeps a whole
+    GPU busy, where torch.kthvalue keeps one of its processors busy.
     """
     bits = flat.view(torch.int32)
     low, high = 0, 2**31 - 1
@@ -222,10 +224,10 @@ def random_mask(params, k, secret):
 
 
 def iou(a, b):
-    """Eq. 3: intersection over union, |a & b| / |a | b|. Of two random masks it is about rho / (2 - rho)."""
+    """Eq. 3: the entries in both masks over those in either. Of two random masks it is about rho / (2 - rho)."""
     both = sum((whole(a[name]) & whole(b[name])).count_nonzero() for name in a)
     either = sum((whole(a[name]) | whole(b[name])).count_nonzero() for name in a)
-    return float(both / either)
+    return int(both) / int(either)  # of Python's ints, exact to fp64; two tensors would divide in fp32
 
 
 # -----------------------------------------------------------------------------
@@ -252,7 +254,8 @@ class MaskedAdamW:
         Raises FloatingPointError, with no weight changed, where that norm is not finite.
         """
         if masked := [name for name in self.params if name in self.masks]:
-            torch._foreach_mul_([self.params[name].grad for name in masked], [self.masks[name] for name in masked])
+            grads = [self.params[name].grad for name in masked]
+            torch._foreach_mul_(grads, [self.masks[name] for name in masked])  # eq. 5: g_M, and 0 in the complement
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.params.values(), clip)))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
@@ -263,7 +266,7 @@ class MaskedAdamW:
                 p.mul_(1 - lr * self.weight_decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step()  # eq. 5: moves theta_M, and adds 0 to the complement
         self.optimizer.zero_grad()
         return norm
 
@@ -425,20 +428,20 @@ def main(argv=None):
 
         # ---- the text. What is too short is found out now, before anything is trained
 
-        # start: what the run begins with, besides the secret and the text
+        # model_id: the config, and with --init the weights. A resumed run and a twin must have the same
         if args.init:
             model, tokenizer = first_then_others(lambda: load_folder(args.init))
-            shape = model.config
+            config = model.config
             origin = {name: p.detach() for name, p in model.named_parameters()}  # in place of theta(0)
             args.lr = args.lr or 2e-4 * 768 / model.embedding().weight.size(1)  # Adam's rate goes with 1/width
-            start = str(shape) + fingerprint(origin)
+            model_id = str(config) + fingerprint(origin)
         else:
-            shape, tokenizer, _ = PRESETS[args.preset]
-            start = str(shape)
-        if (saved or twin or {}).get("start", start) != start:
+            config, tokenizer, _ = PRESETS[args.preset]
+            model_id = str(config)
+        if (saved or twin) and (saved or twin).get("model_id") != model_id:
             raise UserError(f"the run in {out if saved else args.twin} began with another model: put the preset or the "
                             "release of --init back as it was, or name another --out")
-        positions = build(shape, "meta").max_positions
+        positions = build(config, "meta").max_positions
         if args.block_size > positions:
             raise UserError(f"--block-size {args.block_size} is more than the model's {positions} positions")
         texts = {}  # the identities that the texts must have: those of the run that goes on, or of the twin
@@ -462,8 +465,8 @@ def main(argv=None):
 
         # ---- the model, and where the run stands
 
-        shape = replace(shape, vocab_size=tokenizer.size)
-        model = shard(build(shape, "meta"), device) if args.shard else build(shape, device)
+        config = replace(config, vocab_size=tokenizer.size)
+        model = shard(build(config, "meta"), device) if args.shard else build(config, device)
         params = dict(model.named_parameters())
         d = sum(p.numel() for p in params.values())
         k = math.floor(args.rho * d) if args.rho else d  # eq. 1: the size of the ticket
@@ -482,10 +485,14 @@ def main(argv=None):
             for name, p in params.items():
                 p.copy_(split_like(p, values(name)))
 
-        stage, step, streak, overlap = "I", 0, 0, math.nan  # streak: of steps with a stable mask; overlap: the last IoU
-        masks = None  # {name: bool tensor like the parameter}; in stage I that of the last step
-        scores, before = {}, {}  # scores: the running mean of |gradient|; before: the held-out losses of --init
-        log_bytes = 0
+        stage = "I"
+        step = 0  # updates of this stage that are done
+        masks = None  # {name: bool tensor like the parameter}; in stage I the mask of the last step
+        overlap = math.nan  # IoU of the last two masks
+        streak = 0  # steps in a row with overlap >= --eb-iou
+        scores = {}  # with --score mean: the running mean of |gradient|
+        before = {}  # with --init: the held-out losses before training
+        log_bytes = 0  # length of log.jsonl at the checkpoint
         if saved:
             stage, step, streak, overlap = saved["stage"], saved["step"], saved["streak"], saved["overlap"]
             masks = unpack_mask(saved["mask"], params) if saved["mask"] else None
@@ -512,8 +519,8 @@ def main(argv=None):
         def save():
             """Write the checkpoint. All of it is secret."""
             content = {
-                "settings": vars(args), "secret": secret, "start": start, "texts": texts, "stage": stage, "step": step,
-                "streak": streak, "overlap": overlap, "before": before, "log_bytes": progress.bytes,
+                "settings": vars(args), "secret": secret, "model_id": model_id, "texts": texts, "stage": stage,
+                "step": step, "streak": streak, "overlap": overlap, "before": before, "log_bytes": progress.bytes,
                 "scores": gather(scores), "mask": pack_mask(gather(masks or {})), "weights": gather(params),
                 "moments": gather(optimizer.state()), "optimizer": type(optimizer.optimizer).__name__}
             if rank() == 0:
@@ -521,11 +528,13 @@ def main(argv=None):
                     torch.save(content, file)
 
         def gradient(step):
-            """Leave the gradient of mini-batch number `step` in the parameters; returns its mean loss in nats.
+            """Put the gradient of update `step`'s mini-batch into p.grad, and return its mean loss in nats.
 
-            Which text that is depends on the number alone, so that a resumed run needs no state.
+            The text depends on `step` alone, so a resumed run needs no state. Stage II counts from 0 again: the paper's
+            D_pre is the first --eb-steps mini-batches of the text, and stage II begins with the same ones.
             """
-            first, total = step * sequences + rank() * local, 0.0
+            first = step * sequences + rank() * local  # this rank's first sequence
+            total = 0.0
             for start in range(0, local, args.batch_size):
                 idx = train.read(first + start, min(args.batch_size, local - start), args.block_size)  # (b, T)
                 if device.type == "cuda":
@@ -546,6 +555,7 @@ def main(argv=None):
             for start in range(0, count, args.batch_size):
                 size = min(args.batch_size, count - start)
                 idx = tokens.read(rank() * count + start, size, args.block_size).to(device)
+                # eager: without gradients the model would be compiled once more
                 with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
                     total += float(model(idx, idx)) * size / count
             if args.shard:
@@ -563,7 +573,7 @@ def main(argv=None):
                     raise UserError(f"{moved} entries of {name} outside the ticket have left theta(0) by update "
                                     f"{step}: mask what your optimizer does (eq. 5), or drop check_complement")
 
-        # ---- the first lines. From here on Ctrl-C and the like wait for the end of an update
+        # ---- the last steps before training. From here on Ctrl-C and the like wait for the end of an update
 
         asked = []  # signals that asked for the end
         leaving.enter_context(stop_signals(asked))
@@ -595,15 +605,16 @@ def main(argv=None):
             example = train.read(0, min(args.batch_size, local), args.block_size).to(device)
             compile_model(model, example, device, args.dtype)
 
-        ready = True  # false while an update is under way
+        savable = True  # False while weights, step and mask do not belong together
         try:
 
             # ---- stage I, EarlyBird: warm up the dense model from theta(0), and choose the ticket on the way
 
+            # eq. 4: at most t_EB steps, fewer once the mask was stable for --eb-patience of them
             while stage == "I" and step < args.eb_steps and streak < args.eb_patience:
                 began = time.perf_counter()
                 loss = gradient(step)
-                ready = False
+                savable = False
                 if args.score == "mean":
                     for name, p in params.items():
                         mean = scores.get(name, torch.zeros_like(p))
@@ -612,11 +623,11 @@ def main(argv=None):
                 if masks:
                     overlap = iou(candidate, masks)  # eq. 3
                 lr = args.lr * (step + 1) / args.eb_steps  # rises to --lr in a straight line
-                norm = optimizer.step(lr, args.clip)  # of all weights; then drops the gradients
+                norm = optimizer.step(lr, args.clip)  # no mask yet: all weights move
                 masks = candidate
-                streak = streak + 1 if overlap >= args.eb_iou else 0  # eq. 4: how many steps it was stable
+                streak = streak + 1 if overlap >= args.eb_iou else 0  # a first mask's nan is not stable
                 step += 1
-                ready = True
+                savable = True
                 numbers = {"iou": overlap} if step > 1 else {}
                 progress.step("stage I", step, args.eb_steps, time.perf_counter() - began, loss=float(loss), **numbers,
                               lr=lr, norm=norm)
@@ -625,22 +636,24 @@ def main(argv=None):
                 if step % args.save_every == 0 and step < args.eb_steps:
                     save()
             if stage == "I":
-                end = f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"
-                if streak >= args.eb_patience:
-                    end = "the mask is stable"
-                chance = args.rho / (2 - args.rho)
-                seen = f"the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}"
                 if step == 1:
                     seen = "there was one mask"
+                else:
+                    chance = args.rho / (2 - args.rho)
+                    seen = f"the last two masks have an IoU of {overlap:.3f}, two random ones {chance:.2f}"
+                if streak >= args.eb_patience:
+                    end = "the mask is stable"
+                else:
+                    end = f"no mask kept {args.eb_iou} for {args.eb_patience} steps, so the ticket is the last one"
                 say(f"stage I: {seen}; {end}")
                 size = sum(int(whole(mask).count_nonzero()) for mask in masks.values())
-                ready = False
+                savable = False
                 if size != k:
                     raise UserError(f"the mask has {size:,} entries and eq. 1 wants {k:,}: correct topk_mask")
                 fill(theta_0)  # of the warm-up nothing stays but the mask
                 optimizer = MaskedAdamW(params, masks, args.weight_decay)
                 stage, step, scores = "II", 0, {}
-                ready = True
+                savable = True
                 save()
 
             # ---- stage II: train the ticket alone
@@ -649,19 +662,20 @@ def main(argv=None):
                 began = time.perf_counter()
                 loss = gradient(step)
                 lr = learning_rate(step, args)
-                ready = False
+                savable = False
                 norm = optimizer.step(lr, args.clip)  # eq. 5: masks the gradients, clips them, moves the ticket
                 step += 1
                 seconds = time.perf_counter() - began
                 validating = step % args.val_every == 0 or step == args.steps
                 if step == 1 or validating:
-                    check_complement()  # not ready yet: what is broken, or could not be checked, is not saved
-                ready = True
+                    check_complement()  # not savable yet: what is broken, or could not be checked, is not saved
+                savable = True
                 numbers = {"val": validate(held)} if validating else {}
                 progress.step("stage II", step, args.steps, seconds, loss=float(loss), **numbers, lr=lr, norm=norm)
-                epoch = train.epoch((step + 1) * sequences - 1, args.block_size)  # of the next update
-                if step < args.steps and epoch > train.epoch(step * sequences - 1, args.block_size):
-                    say(f"epoch {epoch + 1} of the text begins")
+                epoch = train.epoch(step * sequences - 1, args.block_size)  # of the last sequence that was read
+                next_epoch = train.epoch((step + 1) * sequences - 1, args.block_size)  # of the next update's last one
+                if step < args.steps and next_epoch > epoch:
+                    say(f"epoch {next_epoch + 1} of the text begins")
                 if any_rank(asked):
                     raise Stopped(128 + max(asked, default=0))
                 if step % args.save_every == 0 or step == args.steps:
@@ -672,7 +686,7 @@ def main(argv=None):
                             "start a new run with a lower --lr") from None
         except BaseException as error:
             # whatever ends the run, what is trained is kept; of sharded ranks, only where all of them leave
-            if ready and (isinstance(error, Stopped) or not args.shard):
+            if savable and (isinstance(error, Stopped) or not args.shard):
                 save()
                 if args.shard:
                     any_rank(True)  # none leaves before rank 0 has written
@@ -685,11 +699,12 @@ def main(argv=None):
         for name, loss in before.items():
             now = validate(held_out[name])
             say(f"held-out loss of {name}: {loss:.4f} before, {now:.4f} after ({now - loss:+.4f})")
-        weights, masks = gather(params), gather(masks or {})
+        weights = gather(params)
+        ticket = gather(masks or {})
         if rank() == 0:
-            if masks:
-                save_mask(private / "mask.safetensors", masks, weights)
-            # the card must not tell how the model was trained: none of this depends on rho or the mask
+            if ticket:
+                save_mask(private / "mask.safetensors", ticket, weights)
+            # the card must not tell whether a mask was used: the same run without PMP has the same card
             facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",
                      f"byte-level BPE of {tokenizer.size:,} tokens",
                      f"trained in {args.steps:,} updates of {sequences} sequences of {args.block_size} tokens")

@@ -1409,6 +1409,8 @@ def test_iou_is_the_intersection_over_the_union_of_all_tensors_together():
     b = {"x": torch.tensor([True, False, True, False]), "y": torch.tensor([True, False])}
     assert pmp.iou(a, b) == 2 / 4
     assert pmp.iou(a, a) == 1
+    nine, ten = torch.arange(10) < 9, torch.ones(10, dtype=torch.bool)
+    assert pmp.iou({"x": nine}, {"x": ten}) == 0.9  # fp32 would be below it, and --eb-iou 0.9 not met
 
 
 def test_a_random_mask_has_exactly_k_entries_and_depends_on_the_secret_alone():
