@@ -104,8 +104,6 @@ def fetch(task, folder):
     """
     if all((folder / task.folder / f"{split}.tsv").exists() for split in task.splits):
         return
-    if not task.download:
-        raise UserError(f"{task.folder} cannot be fetched: give --glue-dir the folder of {task.folder}/train.tsv")
     bodies = {}
     for name, size, sha256 in task.download:
         url = (MRPC_URL if name.startswith("msr_") else GLUE_URL) + name
@@ -163,35 +161,43 @@ def tsv_lines(file):
             raise UserError(f"{file} is not UTF-8 ({error.reason}): convert the file") from None
 
 
+def column_at(file, header, name):
+    """Where a column is. Raises UserError where the header does not name it."""
+    if name not in header:
+        raise UserError(f"{file} names no column {name!r} in its first line: it has {', '.join(header):.200}")
+    return header.index(name)
+
+
 def read_tsv(task, file):
     """The rows of a file: [(text_a, text_b, label)]; text_b is "" for single sentences, label an int, or a score.
 
     Raises UserError where the file is unfit or without rows, and at a row that is malformed or whose label is unknown.
     """
-    rows, skipped, columns = [], 0, task.header
-    label = columns.index(task.label) if columns else None  # where it is
-    for i, cells in enumerate(tsv_lines(file), 1):
-        if not columns:
-            columns = cells
-            if missing := [name for name in (*task.text, task.label) if name not in columns]:
-                raise UserError(f"{file} names no column {missing[0]!r} in its first line: it has "
-                                f"{', '.join(columns):.200}")
-            label = columns.index(task.label)
-            continue
-        if task.gaps and (len(cells) < len(columns) or not cells[label]):
+    rows, skipped, number = [], 0, 0
+    lines = tsv_lines(file)
+    header = task.header
+    if not header:
+        header = next(lines, [])
+        number = 1
+    label_at = column_at(file, header, task.label)
+    text_at = [column_at(file, header, name) for name in task.text]
+    for cells in lines:
+        number += 1
+        if task.gaps and (len(cells) < len(header) or not cells[label_at]):
             skipped += 1
             continue
-        if len(cells) != len(columns):
-            raise UserError(f"{file}, line {i} has {len(cells)} columns, not {len(columns)}: fix that line")
-        texts = [cells[columns.index(name)] for name in task.text]
-        if task.labels and cells[label] in task.labels:
-            value = task.labels.index(cells[label])
-        elif not task.labels and re.fullmatch(r"\d+(\.\d+)?", cells[label]) and float(cells[label]) <= 5:
-            value = float(cells[label])
+        if len(cells) != len(header):
+            raise UserError(f"{file}, line {number} has {len(cells)} columns, not {len(header)}: fix that line")
+        label = cells[label_at]
+        if task.labels and label in task.labels:
+            value = task.labels.index(label)
+        elif not task.labels and re.fullmatch(r"\d+(\.\d+)?", label) and float(label) <= 5:
+            value = float(label)
         else:
             known = ", ".join(task.labels) or "a number from 0 to 5"
-            raise UserError(f"{file}, line {i}: unknown label {cells[label]!r:.60}, due is {known}: fix that line")
-        rows.append((texts[0], texts[1] if texts[1:] else "", value))
+            raise UserError(f"{file}, line {number}: unknown label {label!r:.60}, due is {known}: fix that line")
+        second = cells[text_at[1]] if len(text_at) == 2 else ""
+        rows.append((cells[text_at[0]], second, value))
     if skipped:
         say(f"{file}: skipped {skipped} rows with fields missing")
     if not rows:
@@ -203,12 +209,11 @@ def own_task(file, text, label):
     """(Task, its rows by split) of a TSV with a header: each tenth row, by its sha256, is held out as "dev"."""
     lines = tsv_lines(file)
     header = next(lines, [])
-    if label not in header:
-        raise UserError(f"{file} names no column {label!r} in its first line: it has {', '.join(header):.200}")
-    place, values = header.index(label), set()
+    label_at = column_at(file, header, label)
+    values = set()
     for cells in lines:
         if len(cells) == len(header):
-            values.add(cells[place])
+            values.add(cells[label_at])
     if not 2 <= len(values) <= 100:
         raise UserError(f"the column {label!r} of {file} has {len(values)} different values: labels are 2 to 100 words")
     task = Task(Path(file).stem, tuple(text), label, tuple(sorted(values)))
@@ -342,13 +347,16 @@ def score(task, predictions, labels):
     Accuracy counts the prediction of a diverged model, -1 or nan (see predict), as wrong whatever the label is.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    found = {metric: 100 * METRICS[metric](predictions, labels) for metric in task.metrics}
-    if not task.labels:
-        found["accuracy"] = 100 * accuracy(ordinal(predictions), ordinal(labels))
+    found = {}
+    for metric in task.metrics:
+        if metric == "accuracy" and not task.labels:
+            found[metric] = 100 * accuracy(ordinal(predictions), ordinal(labels))
+        else:
+            found[metric] = 100 * METRICS[metric](predictions, labels)
     return found
 
 
-def commonest_class(labels):
+def majority_accuracy(labels):
     """Accuracy, in percent, of always guessing the commonest of `labels`: a score not above it shows no learning."""
     _, counts = np.unique(np.rint(labels), return_counts=True)
     return 100 * float(counts.max()) / len(labels)
@@ -502,12 +510,16 @@ def finetune(body, task, data, method, seed, args, device, masks=None, progress=
     steps = passes * -(-len(train) // args.batch_size)
     warmup = max(1, round(WARMUP * steps))
 
+    held_out = {}  # {column of Table 1: rows}
+    for split, column in zip(task.splits[1:], task.names, strict=True):
+        held_out[column] = data[split]
+
     def evaluate():
         """{column of Table 1: {metric: percent}}."""
         scores = {}
-        for split, column in zip(task.splits[1:], task.names, strict=True):
-            predictions = predict(model, data[split], args.batch_size, device, args.dtype)
-            scores[column] = score(task, predictions, [label for _, label in data[split]])
+        for column, rows in held_out.items():
+            predictions = predict(model, rows, args.batch_size, device, args.dtype)
+            scores[column] = score(task, predictions, [label for _, label in rows])
         return scores
 
     epochs, step, diverged = [], 0, False
@@ -535,8 +547,9 @@ def finetune(body, task, data, method, seed, args, device, masks=None, progress=
         if diverged:
             break
     epochs = epochs or [evaluate()]
-    commonest = {column: commonest_class([label for _, label in data[split]])
-                 for split, column in zip(task.splits[1:], task.names, strict=True)}
+    commonest = {}
+    for column, rows in held_out.items():
+        commonest[column] = majority_accuracy([label for _, label in rows])
     return {"epochs": epochs, "commonest": commonest, "updates": step, "diverged": diverged}, model
 
 
@@ -600,7 +613,8 @@ def table(results, title, paper=False):
         for column, scores in result["epochs"][-1].items():
             row.setdefault(column, []).append(scores["accuracy"])
             commonest[column] = [result["commonest"][column]]
-    for model, methods in PAPER.items() if paper else ():
+    paper_models = PAPER if paper else {}
+    for model, methods in paper_models.items():
         for method, both in methods.items():
             for name, numbers in zip((method, method + ", PMP"), both, strict=True):
                 row = rows.setdefault((f"the paper's {model}, fine-tuned without the mask", name), {})
@@ -624,8 +638,8 @@ def table(results, title, paper=False):
             if len(row.get(column, [])) > 1:
                 cell += f" ±{np.std(row[column], ddof=1):.2f}"
             line += f"{cell:<13}"
-        complete = all(column in row for column in columns)
-        line += f"{np.mean([np.mean(row[column]) for column in columns]):.2f}" if complete else "-"
+        means = [np.mean(row[column]) for column in columns if column in row]
+        line += f"{np.mean(means):.2f}" if len(means) == len(columns) else "-"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -676,9 +690,11 @@ def parse(argv):
     args.method = args.method or (["lora", "full"] if args.mask else ["base", "lora", "full"])
     if args.mask and (wrong := [method for method in args.method if method not in ("lora", "full")]):
         raise UserError(f"--mask has no meaning for {wrong[0]}: use it with --method lora or full")
-    if sum(map(bool, (args.standin, args.glue_dir, args.tsv))) > 1 or args.tsv and args.tasks:
+    sources = [source for source in (args.standin, args.glue_dir, args.tsv) if source]
+    if len(sources) > 1 or (args.tsv and args.tasks):
         raise UserError("--standin, --glue-dir and --tsv exclude each other, and so do --tsv and --tasks: keep one")
-    if bool(args.tsv) != bool(args.text) or bool(args.tsv) != bool(args.label) or len(args.text or "") > 2:
+    own = [flag for flag in (args.tsv, args.text, args.label) if flag]
+    if len(own) not in (0, 3) or (args.text and len(args.text) > 2):
         raise UserError("a task of your own is --tsv FILE --text COLUMN [COLUMN] --label COLUMN: give all three")
     args.tasks = args.tasks or (["cola", "stsb", "rte"] if args.standin else list(TASKS))
     if args.standin and (missing := set(args.tasks) - {"cola", "stsb", "rte"}):
@@ -746,7 +762,8 @@ def main(argv=None):
     body, tokenizer = first_then_others(lambda: load_folder(args.release))
     params = dict(body.named_parameters())
     masks = load_mask(args.mask, params) if args.mask else None
-    weights, mask = fingerprint(params), fingerprint(masks) if masks else None
+    weights = fingerprint(params)
+    ticket = fingerprint(masks) if masks else None
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
     if args.max_length > body.max_positions:
@@ -777,7 +794,7 @@ def main(argv=None):
     for name in tasks:
         for method in dict.fromkeys(args.method):  # each once
             for seed in dict.fromkeys(args.seed):
-                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": mask,
+                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": ticket,
                        "weights": weights, "tokenizer": tokenizer.fingerprint, "data": digests[name],
                        "settings": settings}
                 title_of_run = f"{name} {method}" + (" + mask" if masks else "") + f" seed {seed}"
@@ -786,7 +803,9 @@ def main(argv=None):
                     digest = hashlib.sha256(key_of(run).encode()).hexdigest()[:8]
                     place = Path(args.save) / (title_of_run.replace(" + ", "-").replace(" ", "-") + "-" + digest)
                 runs += 1
-                if key_of(run) not in known or place and not (place / "model.safetensors").exists():
+                unmeasured = key_of(run) not in known
+                unsaved = place is not None and not (place / "model.safetensors").exists()
+                if unmeasured or unsaved:
                     to_do.append((run, title_of_run, place))
     if len(to_do) < runs:
         say(f"{runs - len(to_do)} of {runs} runs are in {args.results} already and are not run again")
@@ -828,7 +847,7 @@ def main(argv=None):
     for result in read_results(args.results):
         if (result.get("weights") == weights and result.get("data") in digests.values()
                 and result.get("settings") == settings
-                and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), mask))):
+                and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), ticket))):
             shown[key_of(result)] = {**result, "model": args.release}
     say("\n" + table(shown.values(), title, args.paper))
     leave_ranks()

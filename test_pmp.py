@@ -719,7 +719,7 @@ def test_metrics_worked_by_hand_and_degenerate_predictions_are_wrong():
     cola, mrpc, stsb = glue.TASKS["cola"], glue.TASKS["mrpc"], glue.TASKS["stsb"]
     scores = glue.score(stsb, [-3, 0.4, 7, 4.6, 2.6, 1.4], [0, 0, 5, 5, 2.4, 0.6])
     assert scores["accuracy"] == pytest.approx(100 * 5 / 6)  # 0, 0, 5, 5, 3, 1 against 0, 0, 5, 5, 2, 1
-    assert glue.commonest_class([1.6, 2.2, 4.0, 0.0]) == 50
+    assert glue.majority_accuracy([1.6, 2.2, 4.0, 0.0]) == 50
     assert glue.score(cola, [1, 1, 1, 1], [0, 1, 1, 0]) == {"accuracy": 50, "mcc": 0}
     assert glue.score(mrpc, [0, 0], [0, 0]) == {"accuracy": 100, "f1": 0}
     assert glue.score(mrpc, [-1, -1], [0, 1]) == {"accuracy": 0, "f1": 0}

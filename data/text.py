@@ -103,7 +103,7 @@ def documents(data, split, start=0, rule=None):
         yield from slimpajama("train" if split == "train" else "validation", start)
         return
     for row, text in enumerate(undivided(data)):
-        if row >= start and held_out(text, rule) == (split == "held-out"):
+        if row >= start and is_held_out(text, rule) == (split == "held-out"):
             yield row, text
 
 
@@ -148,7 +148,7 @@ def choose_held_out(data):
     return rule
 
 
-def held_out(text, rule):
+def is_held_out(text, rule):
     """Whether a document is for validation and not for training."""
     digest = digest_of(text)
     return digest <= rule["threshold"] and len(text) <= rule["longest"] and digest not in rule["never"]
@@ -240,11 +240,13 @@ def pieces(file, path):
         if not marked:
             ends = ends or size >= 8000 or size >= 2000 and not line.strip()
         if ends or size >= LONGEST_LINE:
-            if size:
-                yield "".join(piece)
+            text = "".join(piece)
+            if text.strip():
+                yield text
             piece, size = [], 0
-    if size:
-        yield "".join(piece)
+    text = "".join(piece)
+    if text.strip():
+        yield text
 
 
 # ---- SlimPajama over HTTP ------------------------------------------------------------------------------------------
@@ -280,8 +282,10 @@ def headers_of(error):
 
 def refused(error):
     """Whether an error says that a server refuses for good: asking again has no use."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    return 400 <= status < 500 and status not in (408, 429)
+    response = getattr(error, "response", None)
+    if response is None:
+        return False
+    return 400 <= response.status_code < 500 and response.status_code not in (408, 429)
 
 
 def pause(error, attempt):
@@ -306,12 +310,15 @@ def slimpajama(split, start):
         query = {"dataset": DATASET, "config": "default", "split": split, "offset": row, "length": length}
         try:
             page = json.loads(get(ROWS_URL, 100_000_000, params=query))
-            known, due = page["num_rows_total"], min(length, max(0, page["num_rows_total"] - row))
+            known = page["num_rows_total"]
+            due = list(range(row, min(row + length, known)))
             texts = [entry["row"]["text"] for entry in page["rows"]]
             numbers = [entry["row_idx"] for entry in page["rows"]]
             cut = any(entry.get("truncated_cells") for entry in page["rows"])
-            if known < max(1, row) or known != (rows or known) or cut or numbers != list(range(row, row + due)):
-                raise ValueError(f"{len(texts)} rows of {known} where {due} whole ones from {row} on were due")
+            if known < 1 or known < row or rows not in (None, known):
+                raise ValueError(f"a text of {known} rows, and there were {rows} before row {row}")
+            if cut or numbers != due:
+                raise ValueError(f"{len(texts)} rows of {known} where {len(due)} whole ones from {row} on were due")
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("a row without a text")
         except Exception as error:  # whatever an attempt raises is a failed attempt
@@ -360,11 +367,13 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
     folder = Path(cache) / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', Path(data).name)[:40]}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
 
+    if tokenizer == "gpt2":
+        tokenizer = Tokenizer.gpt2()
     said = False
     while not (folder / "held-out.json").exists():
         with lock(folder / "lock") as mine:
             if mine:
-                hold_out(data, tokenizer, folder)
+                start_cache(data, tokenizer, folder)
                 continue
         if not said:
             say("another process is preparing the text")
@@ -372,8 +381,6 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
         time.sleep(0.2)
     if tokenizer == "bpe":
         tokenizer = Tokenizer.load(folder / "tokenizer")
-    elif tokenizer == "gpt2":
-        tokenizer = Tokenizer.gpt2()
 
     held = Tokens(folder / "held-out", seed)
     train = Tokens(folder / "train", seed)
@@ -383,7 +390,7 @@ def prepare(data, tokenizer, want_tokens, seed=42, cache=CACHE, shuffle_buffer=B
     return tokenizer, train, held
 
 
-def hold_out(data, tokenizer, folder):
+def start_cache(data, tokenizer, folder):
     """Write the tokenizer and the held-out tokens of a new cache."""
     say("preparing the text")
     rule = None if data == "slimpajama" else choose_held_out(data)
@@ -391,8 +398,6 @@ def hold_out(data, tokenizer, folder):
         tokenizer = Tokenizer.train(text for _, text in documents(data, "train", 0, rule))
         (folder / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(folder / "tokenizer", 1024)
-    elif tokenizer == "gpt2":
-        tokenizer = Tokenizer.gpt2()
     ids = []
     for _, text in documents(data, "held-out", 0, rule):
         ids += tokenizer.encode(text) + [tokenizer.eos]
@@ -537,7 +542,7 @@ class Tokens:
             tokens = np.fromfile(self.bin, np.uint16, self.state["tokens"])
         blocks, orders = np.empty((count, block_size), np.int64), {}
         for i in range(count):
-            epoch, number = divmod(first + i, n) if self.state["done"] else (0, first + i)
+            epoch, number = divmod(first + i, n)  # while the text grows, first + count is at most n: the epoch is 0
             if epoch:
                 if epoch not in orders:
                     orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(n)

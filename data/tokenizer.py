@@ -160,9 +160,12 @@ class Tokenizer:
         found = []
         for token in sorted(self.ids, key=self.ids.get):
             parts = [bytes([byte]) for byte in token]
-            while len(parts) > 2:  # what is left of its bytes when lower ids alone may merge
+            while len(parts) > 2:  # the pair that makes the lowest id merges first, as in encode()
                 at = min(range(len(parts) - 1), key=lambda i: self.ids.get(parts[i] + parts[i + 1], self.size))
-                parts[at:at + 2] = [parts[at] + parts[at + 1]]
+                joined = parts[at] + parts[at + 1]
+                if joined not in self.ids:
+                    raise ValueError(f"no merges make the token {spell(token)[:40]!r}")
+                parts[at:at + 2] = [joined]
             if len(parts) == 2:
                 found.append([spell(parts[0]), spell(parts[1])])
         return found
@@ -194,7 +197,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise UserError(f"{folder} has no tokenizer.json: copy the model's tokenizer files into it")
-        file, config = read_json(path), {}
+        content = read_json(path)
+        config = {}
         if (folder / "tokenizer_config.json").exists():
             config = read_json(folder / "tokenizer_config.json")
 
@@ -202,22 +206,25 @@ class Tokenizer:
             return UserError(f"{path}: {what}, which our tokenizer does not have: use a release's folder or GPT-2's")
 
         try:
-            model, words = file["model"], file["pre_tokenizer"] or {"type": "none"}
-            if model["type"] != "BPE" or words["type"] != "ByteLevel" or not words.get("use_regex", True):
-                raise refuse(f"it is a {model['type']} model with the pre-tokenizer {words['type']}")
-            if words.get("add_prefix_space") or config.get("add_prefix_space"):
+            model = content["model"]
+            pre_tokenizer = content["pre_tokenizer"] or {"type": "none"}
+            splits_words = pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer.get("use_regex", True)
+            if model["type"] != "BPE" or not splits_words:
+                raise refuse(f"it is a {model['type']} model with the pre-tokenizer {pre_tokenizer['type']}")
+            if pre_tokenizer.get("add_prefix_space") or config.get("add_prefix_space"):
                 raise refuse("it has add_prefix_space")
-            if file.get("normalizer"):
+            if content.get("normalizer"):
                 raise refuse("it has a normalizer")
-            if (file.get("post_processor") or words)["type"] != "ByteLevel":
-                raise refuse(f"it has the post-processor {file['post_processor']['type']}")
-            if file.get("truncation") or file.get("padding"):
+            post_processor = content.get("post_processor")
+            if post_processor and post_processor["type"] != "ByteLevel":
+                raise refuse(f"it has the post-processor {post_processor['type']}")
+            if content.get("truncation") or content.get("padding"):
                 raise refuse("it has truncation or padding")
             for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
                            "ignore_merges"):
                 if model.get(option):
                     raise refuse(f"it has the option {option}")
-            added = [token["content"] for token in file["added_tokens"]]
+            added = [token["content"] for token in content["added_tokens"]]
             if added != [EOS]:
                 raise refuse(f"it has the added tokens {', '.join(added[:3])} and not just {EOS}")
             vocabulary = dict(model["vocab"])
@@ -228,11 +235,15 @@ class Tokenizer:
             if sum(len(token) ** 2 for token in ids) > TRAINING_WORK:
                 raise refuse("it has very long tokens")
             numbers = sorted(ids.values())
-            if numbers != list(range(len(ids))) or eos != len(ids) or file["added_tokens"][0]["id"] != eos:
+            if numbers != list(range(len(ids))) or eos != len(ids) or content["added_tokens"][0]["id"] != eos:
                 raise refuse(f"its ids are not 0, 1, … with {EOS} at the end")
             if not all(bytes([byte]) in ids for byte in range(256)):
                 raise refuse("it lacks some of the 256 bytes")
-            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # "a b": older
+            merges = []
+            for pair in model["merges"]:
+                if isinstance(pair, str):  # older files have "a b" for ["a", "b"]
+                    pair = pair.split(" ")
+                merges.append(pair)
             tokenizer = cls(ids)
             if merges != tokenizer.merges():
                 raise refuse("it has merges that byte-level BPE with these ids does not make")

@@ -107,19 +107,23 @@ def attack(model, tokenizer, shadows, cache=CACHE):
     d = sum(p.numel() for p in params.values())
     spread, generator = spreads(model), np.random.default_rng(0)
     scores = {"shadow": {name: torch.zeros(p.shape) for name, p in params.items()}}
+    k = None  # the size of the guess: that of the shadows' tickets
     rows, labels = [], []  # (n, F) features of a sample of the shadows' weights; (n,) whether they are in the ticket
-    for place in shadows:
-        saved = load_checkpoint(place)
-        if not saved or not saved["mask"] or saved["settings"]["init"] or not (Path(place) / "release").exists():
-            raise UserError(f"{place} is no finished run with a ticket of its own: make one with pmp.py and no --init")
-        shadow, its_tokenizer = load_folder(Path(place) / "release")
+    for folder in shadows:
+        saved = load_checkpoint(folder)
+        if not saved or not saved["mask"] or saved["settings"]["init"] or not (Path(folder) / "release").exists():
+            raise UserError(f"{folder} is no finished run with a ticket of its own: make one with pmp.py and no --init")
+        shadow, its_tokenizer = load_folder(Path(folder) / "release")
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{place} has another tokenizer than the release: train it on the same text")
+            raise UserError(f"{folder} has another tokenizer than the release: train it on the same text")
         masks = unpack_mask(saved["mask"], params)
-        k = math.floor(saved["settings"]["rho"] * d)
+        its_k = math.floor(saved["settings"]["rho"] * d)
+        if k not in (None, its_k):
+            raise UserError(f"{folder} has another rho than the shadow before it: give runs with the release's rho")
+        k = its_k
         tokens = prepare(saved["settings"]["data"], tokenizer, 0, ORDER, cache)[1]
         ids = tokens.read(0, 1000, 256)
-        counts = torch.bincount(ids.flatten(), minlength=tokenizer.size)[:tokenizer.size].float()  # (V,)
+        counts = torch.bincount(ids.flatten(), minlength=tokenizer.size).float()  # (V,)
         for name, score in shadow_scores(masks).items():
             scores["shadow"][name] += score
         for name, known in features(shadow, spread, mean_gradient(shadow, tokens), counts):
@@ -129,7 +133,7 @@ def attack(model, tokenizer, shadows, cache=CACHE):
             labels.append(masks[name].flatten().numpy()[chosen])
     classifier = HistGradientBoostingClassifier(max_iter=300, learning_rate=0.1, max_leaf_nodes=63, random_state=0)
     classifier.fit(np.concatenate(rows), np.concatenate(labels))
-    scores["gradient"] = mean_gradient(model, tokens)
+    scores["gradient"] = mean_gradient(model, tokens)  # on the last shadow's text: all of them read the same one
     scores["distance"] = {name: distance(p.detach(), spread[name]) for name, p in params.items()}
     scores["classifier"] = {}
     for name, known in features(model, spread, scores["gradient"], counts):

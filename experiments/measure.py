@@ -68,11 +68,11 @@ def figure_5(model, masks, idx, directions=3):
     for seed in range(directions):
         generator = torch.Generator().manual_seed(seed)
         noise = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
-        for place, part in parts(noise, masks).items():
+        for region, part in parts(noise, masks).items():
             scale = size / norm(part)
             part = {name: scale * t for name, t in part.items()}
-            curves.setdefault(place, []).append(loss_beside(model, idx, part, ALPHAS))
-    return {place: np.mean(found, axis=0).tolist() for place, found in curves.items()}
+            curves.setdefault(region, []).append(loss_beside(model, idx, part, ALPHAS))
+    return {region: np.mean(found, axis=0).tolist() for region, found in curves.items()}
 
 
 def auc(positive, negative):
@@ -91,13 +91,13 @@ def figure_6(g, masks):
     """
     size = torch.cat([t.abs().flatten() for t in g.values()])
     inside = torch.cat([masks[name].flatten() for name in g])
-    moves = size > 0
+    nonzero = size > 0
     guess = topk_mask({"all": size}, int(inside.sum()))["all"]
     found = {"auc": auc(size[inside], size[~inside]), "found": float(guess[inside].float().mean()),
-             "auc of the rest": auc(size[inside & moves], size[~inside & moves]), "zeros": {}}
-    for place, part in (("ticket", size[inside]), ("complement", size[~inside])):
-        found["zeros"][place] = float((part == 0).float().mean())
-        found[place] = np.histogram(part[part > 0].log10(), BINS)[0].tolist()
+             "auc of the rest": auc(size[inside & nonzero], size[~inside & nonzero]), "zeros": {}}
+    for region, part in (("ticket", size[inside]), ("complement", size[~inside])):
+        found["zeros"][region] = float((part == 0).float().mean())
+        found[region] = np.histogram(part[part > 0].log10(), BINS)[0].tolist()
     return found
 
 
@@ -126,13 +126,13 @@ def proposition_1(model, masks, task, idx, batches=5):
     for batch in range(batches):
         g = gradient(model, task, 16 * batch)
         eta = STEP * size / norm(g)
-        for place, part in parts(g, masks).items():
+        for region, part in parts(g, masks).items():
             after, before, opposite = loss_beside(model, idx, part, (-eta, 0.0, eta))
-            slope.setdefault(place, []).append((after - opposite) / 2)
-            curvature.setdefault(place, []).append((after + opposite) / 2 - before)
+            slope.setdefault(region, []).append((after - opposite) / 2)
+            curvature.setdefault(region, []).append((after + opposite) / 2 - before)
     found = {}
     for term, values in (("slope", slope), ("curvature", curvature)):
-        means = {place: float(np.mean(value)) for place, value in values.items()}
+        means = {region: float(np.mean(value)) for region, value in values.items()}
         means["cross"] = means["full"] - means["ticket"] - means["complement"]
         found[term] = means
     return found
@@ -166,12 +166,12 @@ def draw(found, file):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for place, colour in (("ticket", "C0"), ("full", "C3"), ("complement", "C1")):
-        left.plot(found["alphas"], found["figure 5"][place], colour, marker="o", markersize=3, label=place)
+    for region, colour in (("ticket", "C0"), ("full", "C3"), ("complement", "C1")):
+        left.plot(found["alphas"], found["figure 5"][region], colour, marker="o", markersize=3, label=region)
     left.set(title="Loss along a random direction (Figure 5)", xlabel="length, times the norm of theta", ylabel="nats")
-    for place, colour in (("ticket", "C0"), ("complement", "C1")):
-        counts = np.array(found["figure 6"][place])
-        right.stairs(counts / counts.sum(), BINS, color=colour, label=place)
+    for region, colour in (("ticket", "C0"), ("complement", "C1")):
+        counts = np.array(found["figure 6"][region])
+        right.stairs(counts / counts.sum(), BINS, color=colour, label=region)
     right.set(title="Gradients of held-out text (Figure 6)", xlabel="log10 |gradient|", ylabel="share", xlim=(-9, -1))
     left.legend()
     right.legend()
