@@ -206,7 +206,7 @@ def read_tsv(task, file):
 
 
 def own_task(file, text, label):
-    """(Task, its rows by split) of a TSV with a header: each tenth row, by its sha256, is held out as "dev"."""
+    """(Task, its rows by split) of a TSV with a header. About a tenth, chosen by the sha256 of its texts, is "dev"."""
     lines = tsv_lines(file)
     header = next(lines, [])
     label_at = column_at(file, header, label)
@@ -295,7 +295,7 @@ def group_by_length(lengths, batch_size, seed, pool=50):
 
 
 def accuracy(predicted, true):
-    """Share of equal entries, 0 to 1; STS-B's scores are compared as `ordinal` has them."""
+    """Share of equal entries, 0 to 1. For STS-B score() passes what `ordinal` makes of the scores."""
     return float(np.mean(predicted == true))
 
 
@@ -763,7 +763,7 @@ def main(argv=None):
     params = dict(body.named_parameters())
     masks = load_mask(args.mask, params) if args.mask else None
     weights = fingerprint(params)
-    ticket = fingerprint(masks) if masks else None
+    mask_id = fingerprint(masks) if masks else None
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
     if args.max_length > body.max_positions:
@@ -794,7 +794,7 @@ def main(argv=None):
     for name in tasks:
         for method in dict.fromkeys(args.method):  # each once
             for seed in dict.fromkeys(args.seed):
-                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": ticket,
+                run = {"task": name, "method": method, "seed": seed, "authorised": bool(masks), "mask": mask_id,
                        "weights": weights, "tokenizer": tokenizer.fingerprint, "data": digests[name],
                        "settings": settings}
                 title_of_run = f"{name} {method}" + (" + mask" if masks else "") + f" seed {seed}"
@@ -847,7 +847,7 @@ def main(argv=None):
     for result in read_results(args.results):
         if (result.get("weights") == weights and result.get("data") in digests.values()
                 and result.get("settings") == settings
-                and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), ticket))):
+                and (result["authorised"], result.get("mask")) in ((False, None), (bool(masks), mask_id))):
             shown[key_of(result)] = {**result, "model": args.release}
     say("\n" + table(shown.values(), title, args.paper))
     leave_ranks()

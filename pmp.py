@@ -700,10 +700,10 @@ def main(argv=None):
             now = validate(held_out[name])
             say(f"held-out loss of {name}: {loss:.4f} before, {now:.4f} after ({now - loss:+.4f})")
         weights = gather(params)
-        ticket = gather(masks or {})
+        whole_masks = gather(masks or {})
         if rank() == 0:
-            if ticket:
-                save_mask(private / "mask.safetensors", ticket, weights)
+            if whole_masks:
+                save_mask(private / "mask.safetensors", whole_masks, weights)
             # the card must not tell whether a mask was used: the same run without PMP has the same card
             facts = (f"{d:,} parameters, {model.model_type}, {model.max_positions:,} positions",
                      f"byte-level BPE of {tokenizer.size:,} tokens",

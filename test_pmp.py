@@ -144,6 +144,8 @@ def test_a_txt_is_cut_into_documents_of_limited_length_and_no_character_of_it_is
     stories = [f"Story {i}, no {EOS}.\n\n" + "It goes on.\n" * (i * 20) for i in range(400)]  # up to 96,000 characters
     (tmp_path / "a.txt").write_text(f"{EOS}\n".join(stories))
     assert list(file_documents(tmp_path / "a.txt")) == stories  # whose ends are marked
+    (tmp_path / "a.txt").write_text(f"{EOS}\n \n\n{EOS}\nhello\n{EOS}\n\n")
+    assert list(file_documents(tmp_path / "a.txt")) == ["hello\n"]  # blank ones are none
 
 
 def test_copies_of_a_document_are_on_one_side_and_two_percent_are_held_out(tmp_path):
@@ -480,7 +482,14 @@ def test_transformers_reads_our_tokenizer_to_the_same_ids_and_pads_a_batch(tmp_p
     assert batch["attention_mask"] == [[1] * len(short) + [0] * gap, [1] * len(long)]
 
 
+def add_token_without_its_parts(file, config):
+    file["model"]["vocab"].update({"zqj": BPE.eos, EOS: BPE.eos + 1})  # neither zq nor qj is a token
+    file["model"]["merges"].append(["zq", "j"])
+    file["added_tokens"][0]["id"] = BPE.eos + 1
+
+
 @pytest.mark.parametrize("expected, change", [
+    ("no merges make the token 'zqj'", add_token_without_its_parts),
     ("the added tokens <mask>", lambda file, config: file["added_tokens"].insert(0, {"id": 5, "content": "<mask>"})),
     ("add_prefix_space", lambda file, config: file["pre_tokenizer"].update(add_prefix_space=True)),
     ("add_prefix_space", lambda file, config: config.update(add_prefix_space=True)),

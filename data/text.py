@@ -102,12 +102,12 @@ def documents(data, split, start=0, rule=None):
     if data == "slimpajama":
         yield from slimpajama("train" if split == "train" else "validation", start)
         return
-    for row, text in enumerate(undivided(data)):
+    for row, text in enumerate(all_documents(data)):
         if row >= start and is_held_out(text, rule) == (split == "held-out"):
             yield row, text
 
 
-def undivided(data):
+def all_documents(data):
     """All documents of the prose, or of files."""
     return prose() if data == "prose" else file_documents(data)
 
@@ -120,12 +120,13 @@ def digest_of(text):
 def choose_held_out(data):
     """The rule that holds documents out: {"longest": characters, "threshold": digest, "never": digests}.
 
-    It is a function of the text alone, so that no copy of a held-out document is trained on. Some 2% of the first
-    4,000,000 characters are held out, less where that would take more than a fifth of all documents. Never more than a
-    fifth is, however long or frequent a document is. Raises UserError where no document is short enough for that.
+    It is a function of the text alone, so that no copy of a held-out document is trained on. It looks at a sample: the
+    first 4,000,000 characters, or as many as hold 51 different documents. Some 2% of the sample is held out, less where
+    that would take more than a fifth of its documents. Never more than a fifth of the sample is, however long or
+    frequent a document is. What follows is judged by the same rule. Raises UserError where no document is short enough.
     """
     sizes, total = {}, 0  # a document's characters, those of its copies included
-    for text in undivided(data):
+    for text in all_documents(data):
         digest = digest_of(text)
         sizes[digest] = sizes.get(digest, 0) + len(text)
         total += len(text)
@@ -176,7 +177,7 @@ def prose():
 
 
 def file_documents(data):
-    """Yield the documents of a file or folder: the "text" of each .jsonl line, the pieces of a .txt.
+    """Yield the documents of a file or folder: the "text" of each .jsonl line, the parts of a .txt.
 
     Raises UserError at bytes that are not UTF-8, at a .jsonl line without a text, and at a damaged archive.
     """
@@ -192,7 +193,7 @@ def file_documents(data):
             opener = lzma.open
         try:
             with opener(path, "rb") as file:
-                yield from json_lines(file, path) if ".jsonl" in kind else pieces(file, path)
+                yield from json_lines(file, path) if ".jsonl" in kind else text_documents(file, path)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason}): convert the file") from None
         except UserError:
@@ -220,11 +221,11 @@ def json_lines(file, path):
             yield row["text"]
 
 
-def pieces(file, path):
+def text_documents(file, path):
     """Yield the documents of a .txt file, which end at a line that is <|endoftext|>, as in TinyStories.
 
-    A file without such a line in its first MiB is also cut at a blank line once a document has 2,000 characters, and at
-    any line's end once it has 8,000.
+    Blank ones are left out. A file without such a line in its first MiB is also cut at a blank line once a document has
+    2,000 characters. Once it has 8,000 it is cut at the next line's end, or inside a line of more than 8,000.
     """
     marked = re.search(rb"^<\|endoftext\|>\s*$", file.read(2**20), re.MULTILINE)
     file.seek(0)

@@ -2,7 +2,7 @@
 
     python pmp.py --preset tiny --data FILE --out shadow         the same shape and public text, any --seed
     python experiments/attack.py out/release --shadow shadow     writes guess.safetensors, a file for --mask
-    python experiments/attack.py out/release --shadow shadow --mask out/private/mask.safetensors     scores itself
+    python experiments/attack.py out/release --shadow shadow --mask out/private/mask.safetensors     with scores
 
 The early-bird ticket is a function of text, architecture and a start that matters little, so a shadow knows much of it.
 The attacks, from weak to strong:

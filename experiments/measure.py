@@ -118,8 +118,8 @@ def proposition_1(model, masks, task, idx, batches=5):
 
     The terms are those of Proposition 1's proof sketch.
     {"slope", "curvature": {"full", "ticket", "complement", "cross"}}: the part that changes its sign with the step, and
-    the rest. The step of all weights has the length STEP times their norm, and the others its rate. "cross" is what the
-    step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
+    the rest. The step of all weights is STEP times their norm long; the two others have its learning rate. "cross" is
+    what the step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
     """
     size = norm(dict(model.named_parameters()))
     slope, curvature = {}, {}

@@ -462,9 +462,12 @@ def draw_rates(study, file):
         pairs = study.pairs(arm, "dense")
         if not pairs:
             continue
-        losses = np.array([[study.tuned(arm, pair, rate) for rate in RATES] for pair in pairs])  # (pairs, rates)
-        dense = np.array([[study.tuned("dense", pair, rate) for rate in RATES] for pair in pairs])
-        rises = np.array([[study.rise(arm, pair, rate) for rate in RATES] for pair in pairs])
+        losses, dense, rises = [], [], []  # each (pairs, rates)
+        for pair in pairs:
+            losses.append([study.tuned(arm, pair, rate) for rate in RATES])
+            dense.append([study.tuned("dense", pair, rate) for rate in RATES])
+            rises.append([study.rise(arm, pair, rate) for rate in RATES])
+        losses, dense, rises = np.array(losses), np.array(dense), np.array(rises)
         if arm != "dense":
             half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(losses - dense)
             apart = np.array(RATES) * 1.04 ** (number - 2)  # so that no interval hides another

@@ -2,10 +2,10 @@
 
     python experiments/study.py --text FILE --out out-experiments      start it once for each core
 
-Each process takes the next piece of work that is ready and that no other process is at. A piece that was stopped goes
-on where it was. The lines are in OUT/study.jsonl and OUT/glue.jsonl; report.py makes the tables of them. Every model is
-trained by pmp.py, and every task by `pmp.py --init` or glue.py, with their own flags. What this file adds is the list
-of pieces, `evaluate`, and the noise of `noisy`.
+Each process takes the next job that is ready and that no other process is at. Training that was stopped goes on where
+it was, and so does GLUE after its last finished run; every other job starts again. The lines are in OUT/study.jsonl and
+OUT/glue.jsonl; report.py makes the tables of them. Every model is trained by pmp.py, and every task by `pmp.py --init`
+or glue.py, with their own flags. What this file adds is the list of jobs, `evaluate`, and the noise of `noisy`.
 """
 
 import json
@@ -26,12 +26,12 @@ import pmp  # noqa: E402
 from attack import attack, judge as judge_guess  # noqa: E402
 from common import (Parser, UserError, atomic, autocast, command_line, fingerprint, lock, path, pick_dtype,  # noqa: E402
                     say)
-from data.text import documents, prepare, undivided  # noqa: E402
+from data.text import all_documents, documents, prepare  # noqa: E402
 from measure import measure_run  # noqa: E402
 from model import load_folder  # noqa: E402
 
-PIECE = 4000  # characters: a longer document is cut, so that none fills an update
-TEXT = 150_000_000  # characters at most, about 10 tokens a parameter
+LONGEST_DOCUMENT = 4000  # characters: a longer document is cut, so that none fills an update
+TEXT = 150_000_000  # characters: the copy ends with the document that passes this. About 10 tokens a parameter
 STEPS = 1560  # of 8 x 256 tokens: 3.19M, one a parameter of mini-untied
 PAIRS = range(8)  # models with the same number share theta(0), the order of the text, and the settings
 LENGTHS, LONG_PAIRS = (1, 3, 10), range(4)  # tokens a parameter, and the pairs that are trained longer than one
@@ -53,7 +53,7 @@ MODELS = {  # name: what is typed after the settings that all models share
     "dense": ["--rho", "1.0"],
     "random": ["--rho", "0.7", "--ticket", "random"],
     "matched": ["--rho", "1.0", "--steps", str(STEPS * 8 // 10)],  # dense, with a higher loss than dense
-    "noisy": ["--rho", "0.7"],  # a mend of the recovery: the scores of the ticket are multiplied with secret noise
+    "noisy": ["--rho", "0.7"],  # a countermeasure: the scores of the ticket are multiplied with secret noise
 }
 NOISE = 2.0  # standard deviation of the logarithm of that noise; that of |gradient| is about as large
 
@@ -70,8 +70,8 @@ def tunings(arm, pair, length=1):
             yield {"do": "tune", "arm": arm, "length": length, "pair": pair, "rate": rate, "seed": seed}
 
 
-def pieces():
-    """All pieces of work in the order in which they are done, each a dict that is its key in the results."""
+def jobs():
+    """All jobs in the order in which they are done, each a dict that is its key in the results."""
     for pair in PAIRS:
         for model in ("pmp", "dense", "random"):
             yield trained(model, pair)
@@ -103,40 +103,40 @@ def pieces():
                 yield from tunings(arm, pair, length)
 
 
-def shadow_of(piece):
+def shadow_of(job):
     """The pair whose run is the attacker's: another secret, and another order of the text."""
-    pairs = 3 if piece["model"] == "noisy" else len(PAIRS)
-    return (piece["pair"] + 1) % pairs
+    pairs = 3 if job["model"] == "noisy" else len(PAIRS)
+    return (job["pair"] + 1) % pairs
 
 
-def needs(piece):
-    """The pieces that a piece builds on. All models of a pair build on its PMP model."""
-    pair, length = piece["pair"], piece.get("length", 1)
-    if piece["do"] == "train":
-        return [] if piece["model"] == "pmp" else [trained("pmp", pair, length)]
-    if piece["do"] == "tune":
-        model, mask = ARMS[piece["arm"]]
+def needs(job):
+    """The jobs that a job builds on. All models of a pair build on its PMP model."""
+    pair, length = job["pair"], job.get("length", 1)
+    if job["do"] == "train":
+        return [] if job["model"] == "pmp" else [trained("pmp", pair, length)]
+    if job["do"] == "tune":
+        model, mask = ARMS[job["arm"]]
         if mask == "guess":
             return [trained(model, pair, length), {"do": "attack", "model": "pmp", "pair": pair}]
         return [trained(model, pair, length)]
-    if piece["do"] == "attack":
-        return [trained(piece["model"], pair), trained(piece["model"], shadow_of(piece))]
-    return [trained(piece["model"], pair)]
+    if job["do"] == "attack":
+        return [trained(job["model"], pair), trained(job["model"], shadow_of(job))]
+    return [trained(job["model"], pair)]
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------
 
 
 def prepare_text(source, target):
-    """Write the text of the study: documents cut into pieces of at most PIECE characters, in random order."""
+    """Write the text of the study: long documents are cut, and all are shuffled."""
     if source == "slimpajama":
         texts = (text for _, text in documents(source, "train"))
     else:
-        texts = undivided(source)
+        texts = all_documents(source)
     cut, size = [], 0
     for text in texts:
-        for start in range(0, len(text), PIECE):
-            cut.append(text[start:start + PIECE])
+        for start in range(0, len(text), LONGEST_DOCUMENT):
+            cut.append(text[start:start + LONGEST_DOCUMENT])
         size += len(text)
         if size > TEXT:
             break
@@ -192,7 +192,7 @@ def parameters(release):
 
 
 def noisy(topk_mask):
-    """A topk_mask whose scores are multiplied with noise that nobody else knows."""
+    """A topk_mask whose scores are multiplied with noise that nobody else knows. A run that resumes draws new noise."""
     generator, noise = np.random.default_rng(secrets.randbits(128)), {}
 
     def noisy_topk_mask(scores, k):
@@ -205,9 +205,9 @@ def noisy(topk_mask):
     return noisy_topk_mask
 
 
-def train(piece, text, out):
+def train(job, text, out):
     """Pre-train a model. Returns its scores and the fingerprint of its weights."""
-    model, pair, length = piece["model"], piece["pair"], piece["length"]
+    model, pair, length = job["model"], job["pair"], job["length"]
     folder = folder_of(out, model, pair, length)
     argv = ["--out", str(folder), "--cache", str(out / "cache"), "--resume", "--compile", "on"]
     if model == "pmp":
@@ -226,70 +226,70 @@ def train(piece, text, out):
     return {**judge(folder / "release", text, out / "cache"), "weights": fingerprint(parameters(folder / "release"))}
 
 
-def tune(piece, text, out, place):
-    """Go on from a release with documentation, in the folder `place`. Returns the scores of the tuned model."""
-    model, mask = ARMS[piece["arm"]]
-    pair, length = piece["pair"], piece["length"]
+def tune(job, text, out, folder):
+    """Go on from a release with documentation, in `folder`. Returns the scores of the tuned model."""
+    model, mask = ARMS[job["arm"]]
+    pair, length = job["pair"], job["length"]
     release = folder_of(out, model, pair, length) / "release"
-    argv = ["--init", str(release), "--data", "prose", "--out", str(place / "tuned"), "--cache", str(out / "cache"),
-            "--seed", str(piece["seed"]), "--lr", str(BASE_RATE * piece["rate"]), *TUNING]
+    argv = ["--init", str(release), "--data", "prose", "--out", str(folder / "tuned"), "--cache", str(out / "cache"),
+            "--seed", str(job["seed"]), "--lr", str(BASE_RATE * job["rate"]), *TUNING]
     if mask == "guess":
         argv += ["--mask", str(guess_of(out, pair))]
     elif mask:  # a mask's file belongs to one release: make one for this release
         masks = pmp.load_mask(mask_of(out, pair, length), parameters(folder_of(out, "pmp", pair, length) / "release"))
-        pmp.save_mask(place / "mask", masks, parameters(release))
-        argv += ["--mask", str(place / "mask")]
+        pmp.save_mask(folder / "mask", masks, parameters(release))
+        argv += ["--mask", str(folder / "mask")]
     pmp.main(argv)
-    return judge(place / "tuned" / "release", text, out / "cache")
+    return judge(folder / "tuned" / "release", text, out / "cache")
 
 
-def run_attack(piece, out):
+def run_attack(job, out):
     """Guess the mask of a release with the shadow of another pair. Returns how much of it was found."""
-    victim = folder_of(out, piece["model"], piece["pair"])
+    victim = folder_of(out, job["model"], job["pair"])
     model, tokenizer = load_folder(victim / "release")
-    scores, k = attack(model, tokenizer, [folder_of(out, piece["model"], shadow_of(piece))], out / "cache")
+    scores, k = attack(model, tokenizer, [folder_of(out, job["model"], shadow_of(job))], out / "cache")
     params = dict(model.named_parameters())
-    if piece["model"] == "pmp":
-        pmp.save_mask(guess_of(out, piece["pair"]), pmp.topk_mask(scores["classifier"], k), params)
+    if job["model"] == "pmp":
+        pmp.save_mask(guess_of(out, job["pair"]), pmp.topk_mask(scores["classifier"], k), params)
     return judge_guess(scores, pmp.load_mask(victim / "private" / "mask.safetensors", params), k)
 
 
-def run_glue(piece, out, glue_dir):
+def run_glue(job, out, glue_dir):
     """Fine-tune on a task of GLUE. glue.py writes the lines itself, into OUT/glue.jsonl."""
-    folder = folder_of(out, piece["model"], piece["pair"])
-    argv = [str(folder / "release"), "--glue-dir", str(glue_dir), "--tasks", piece["task"], "--seed",
-            str(piece["pair"]), "--results", str(out / "glue.jsonl"), "--device", "cpu"]
-    if piece["task"] == "sst2":
+    folder = folder_of(out, job["model"], job["pair"])
+    argv = [str(folder / "release"), "--glue-dir", str(glue_dir), "--tasks", job["task"], "--seed",
+            str(job["pair"]), "--results", str(out / "glue.jsonl"), "--device", "cpu"]
+    if job["task"] == "sst2":
         argv += ["--limit", "10000"]
-    if piece["mask"]:
-        argv += ["--mask", str(mask_of(out, piece["pair"]))]
+    if job["mask"]:
+        argv += ["--mask", str(mask_of(out, job["pair"]))]
     glue.main(argv)
     return {}
 
 
-def work(piece, args, text):
-    """Do a piece. Returns its result."""
-    out, place = args.out, args.out / "tuning" / name_of(piece)
+def work(job, args, text):
+    """Do a job. Returns its result."""
+    out, folder = args.out, args.out / "tuning" / name_of(job)
     began = time.perf_counter()
-    if piece["do"] == "train":
-        scores = train(piece, text, out)
-    elif piece["do"] == "tune":
-        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-        place.mkdir(parents=True)
-        scores = tune(piece, text, out, place)
-        shutil.rmtree(place)
-    elif piece["do"] == "attack":
-        scores = run_attack(piece, out)
-    elif piece["do"] == "measure":
-        folders = [folder_of(out, model, piece["pair"]) for model in (piece["model"], "pmp")]
+    if job["do"] == "train":
+        scores = train(job, text, out)
+    elif job["do"] == "tune":
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir(parents=True)
+        scores = tune(job, text, out, folder)
+        shutil.rmtree(folder)
+    elif job["do"] == "attack":
+        scores = run_attack(job, out)
+    elif job["do"] == "measure":
+        folders = [folder_of(out, model, job["pair"]) for model in (job["model"], "pmp")]
         scores = measure_run(*folders, out / "cache")
     else:
-        scores = run_glue(piece, out, args.glue_dir)
-    return {"key": piece, **scores, "seconds": round(time.perf_counter() - began, 1)}
+        scores = run_glue(job, out, args.glue_dir)
+    return {"key": job, **scores, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def name_of(piece):
-    return "-".join(str(value).replace(" ", "-") for value in piece.values())
+def name_of(job):
+    return "-".join(str(value).replace(" ", "-") for value in job.values())
 
 
 def read_results(file):
@@ -332,30 +332,30 @@ def main():
     failed = []
     while True:
         done, left, given_up = read_results(results), [], list(failed)
-        for piece in pieces():
-            if any(need in given_up for need in needs(piece)):
-                given_up.append(piece)
-            elif json.dumps(piece) not in done and piece not in failed and (args.glue_dir or piece["do"] != "glue"):
-                left.append(piece)
+        for job in jobs():
+            if any(need in given_up for need in needs(job)):
+                given_up.append(job)
+            elif json.dumps(job) not in done and job not in failed and (args.glue_dir or job["do"] != "glue"):
+                left.append(job)
         if not left:
             break
-        for piece in left:
-            if not all(json.dumps(need) in done for need in needs(piece)):
+        for job in left:
+            if not all(json.dumps(need) in done for need in needs(job)):
                 continue
-            with lock(args.out / "locks" / name_of(piece)) as mine:
-                if not mine or json.dumps(piece) in read_results(results):
+            with lock(args.out / "locks" / name_of(job)) as mine:
+                if not mine or json.dumps(job) in read_results(results):
                     continue
-                say(f"\n=== {name_of(piece)}")
+                say(f"\n=== {name_of(job)}")
                 try:
-                    glue.append_result(results, work(piece, args, text))
+                    glue.append_result(results, work(job, args, text))
                 except (UserError, FileNotFoundError) as error:
                     say(f"failed: {error}")
-                    failed.append(piece)
+                    failed.append(job)
                 break
         else:
             time.sleep(5)  # what is left waits for another process
     if failed:
-        raise UserError(f"{len(failed)} pieces failed, the first of them {name_of(failed[0])}: see above")
+        raise UserError(f"{len(failed)} jobs failed, the first of them {name_of(failed[0])}: see above")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,15 @@ def test_a_shadow_without_a_mask_is_refused(runs):
         attack.attack(*load_folder(runs / "victim/release"), [runs / "dense"], runs / "cache")
 
 
+def test_shadows_of_two_sizes_are_refused(runs, monkeypatch):
+    pmp.main(["--twin", str(runs / "shadow"), "--rho", "0.5", "--steps", "2", "--cache", str(runs / "cache"), "--out",
+              str(runs / "half")])
+    monkeypatch.setattr(attack, "SAMPLE", 2_000)
+    monkeypatch.setattr(attack, "BATCHES", 1)
+    with pytest.raises(UserError, match="has another rho than the shadow before it"):
+        attack.attack(*load_folder(runs / "victim/release"), [runs / "shadow", runs / "half"], runs / "cache")
+
+
 def test_auc_is_the_chance_that_a_positive_is_above_a_negative():
     positive, negative = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0])
     assert measure.auc(positive, negative) == pytest.approx((1 + 1.5 + 2) / 6)
@@ -206,19 +215,19 @@ def test_holm_is_the_corrected_p_of_each():
     assert report.holm([0.02, 1.0]) == [0.04, 1.0]
 
 
-def test_the_pieces_are_all_different_and_each_waits_for_its_models():
-    pieces = list(study.pieces())
-    keys = [json.dumps(piece) for piece in pieces]
+def test_the_jobs_are_all_different_and_each_waits_for_its_models():
+    jobs = list(study.jobs())
+    keys = [json.dumps(job) for job in jobs]
     assert len(set(keys)) == len(keys)
     done = set()
     while len(done) < len(keys):
         before = len(done)
-        for piece, key in zip(pieces, keys):
-            if all(json.dumps(need) in done for need in study.needs(piece)):
+        for job, key in zip(jobs, keys):
+            if all(json.dumps(need) in done for need in study.needs(job)):
                 done.add(key)
         assert len(done) > before  # nothing waits for ever
-    for i, piece in enumerate(pieces):  # one pass finds what cannot be done after a failure
-        assert all(keys.index(json.dumps(need)) < i for need in study.needs(piece)), piece
+    for i, job in enumerate(jobs):  # one pass finds what cannot be done after a failure
+        assert all(keys.index(json.dumps(need)) < i for need in study.needs(job)), job
     assert study.needs({"do": "attack", "model": "pmp", "pair": 7})[1] == study.trained("pmp", 0)
 
 
