@@ -104,6 +104,8 @@ def fetch(task, folder):
     """
     if all((folder / task.folder / f"{split}.tsv").exists() for split in task.splits):
         return
+    if not task.download:  # of a task that a fork has added
+        raise UserError(f"{task.folder} cannot be fetched: give --glue-dir the folder of {task.folder}/train.tsv")
     bodies = {}
     for name, size, sha256 in task.download:
         url = (MRPC_URL if name.startswith("msr_") else GLUE_URL) + name
@@ -164,7 +166,8 @@ def tsv_lines(file):
 def column_at(file, header, name):
     """Where a column is. Raises UserError where the header does not name it."""
     if name not in header:
-        raise UserError(f"{file} names no column {name!r} in its first line: it has {', '.join(header):.200}")
+        raise UserError(f"{file} names no column {name!r} in its first line: it has "
+                        f"{', '.join(header)[:200] or 'none'}")
     return header.index(name)
 
 

@@ -438,7 +438,7 @@ def main(argv=None):
         else:
             config, tokenizer, _ = PRESETS[args.preset]
             model_id = str(config)
-        if (saved or twin) and (saved or twin).get("model_id") != model_id:
+        if (saved or twin) and (saved or twin).get("model_id", model_id) != model_id:
             raise UserError(f"the run in {out if saved else args.twin} began with another model: put the preset or the "
                             "release of --init back as it was, or name another --out")
         positions = build(config, "meta").max_positions

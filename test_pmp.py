@@ -134,9 +134,9 @@ def test_documents_come_in_the_order_of_the_file_names_from_every_kind_of_file(t
     assert list(file_documents(tmp_path)) == ["one", "two", "three", "four\n", "five"]
 
 
-def test_a_txt_is_cut_into_documents_of_limited_length_and_no_character_of_it_is_lost(tmp_path):
+def test_a_txt_is_cut_into_documents_of_limited_length_and_nothing_is_lost_but_blank_ones(tmp_path):
     text = "".join(f"line {i} é\r\n" + "\n" * (i % 40 == 0) for i in range(3000))
-    text += "a" + "😀" * 100_000 + "\n" + "x" * 100_000 + "\nend "  # two lines that are far longer than a piece
+    text += "a" + "😀" * 100_000 + "\n" + "x" * 100_000 + "\nend "  # two lines far longer than a document
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte-order mark is no text
     found = list(file_documents(tmp_path / "a.txt"))
     assert "".join(found) == text
@@ -795,6 +795,7 @@ def test_every_official_layout_is_read_and_no_row_is_lost(name, header, row, exp
 @pytest.mark.parametrize("name, content, expected", [
     ("rte", RTE, "has no rows"),
     ("rte", "index\tsentence1\tlabel\n0\ta\tentailment\n", "names no column 'sentence2'"),
+    ("rte", "", "it has none"),
     ("rte", RTE + "0\ta\tentailment\n", "line 2 has 3 columns, not 4"),
     ("rte", RTE + "0\ta\tb\tentailment\tmore\n", "line 2 has 5 columns, not 4"),
     ("rte", RTE + "0\ta\tb\tneutral\n", "line 2: unknown label 'neutral'"),
@@ -855,6 +856,7 @@ def test_a_download_is_tried_again_never_lands_with_another_sha256_and_is_not_re
     assert len(asked) == glue.TRIES + 1 + 3
     assert sorted(file.name for file in (tmp_path / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
     assert len(glue.read_tsv(task, tmp_path / "RTE" / "dev.tsv")) == 50
+    fails("MINE cannot be fetched", glue.fetch, glue.Task("MINE", ("text",), "label", ("0", "1")), tmp_path)  # a fork's
 
 
 def test_mrpc_is_put_together_from_its_two_files(server, monkeypatch, tmp_path):

@@ -316,8 +316,10 @@ def slimpajama(split, start):
             texts = [entry["row"]["text"] for entry in page["rows"]]
             numbers = [entry["row_idx"] for entry in page["rows"]]
             cut = any(entry.get("truncated_cells") for entry in page["rows"])
-            if known < 1 or known < row or rows not in (None, known):
-                raise ValueError(f"a text of {known} rows, and there were {rows} before row {row}")
+            if known < max(1, row):
+                raise ValueError(f"a text of {known} rows, and row {row} was due")
+            if rows not in (None, known):
+                raise ValueError(f"a text of {known} rows, which had {rows} before")
             if cut or numbers != due:
                 raise ValueError(f"{len(texts)} rows of {known} where {len(due)} whole ones from {row} on were due")
             if not all(isinstance(text, str) for text in texts):

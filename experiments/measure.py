@@ -116,10 +116,11 @@ def premise(model, masks, held):
 def proposition_1(model, masks, task, idx, batches=5):
     """What one step of gradient descent on another text adds to the loss of idx (B, T), in nats.
 
-    The terms are those of Proposition 1's proof sketch.
     {"slope", "curvature": {"full", "ticket", "complement", "cross"}}: the part that changes its sign with the step, and
-    the rest. The step of all weights is STEP times their norm long; the two others have its learning rate. "cross" is
-    what the step of all weights adds beyond the sum of its two parts: g_M^T H g_complement of the proof.
+    the rest: the first- and second-order terms of Proposition 1's proof sketch. The step of all weights is STEP times
+    their norm long; the two others have its learning rate. "cross" is what the step of all weights adds beyond the sum
+    of its two parts: in the curvature eta^2 g_M^T H g_complement, which the sketch does not name; in the slope it is of
+    third order.
     """
     size = norm(dict(model.named_parameters()))
     slope, curvature = {}, {}

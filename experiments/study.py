@@ -31,7 +31,7 @@ from measure import measure_run  # noqa: E402
 from model import load_folder  # noqa: E402
 
 LONGEST_DOCUMENT = 4000  # characters: a longer document is cut, so that none fills an update
-TEXT = 150_000_000  # characters: the copy ends with the document that passes this. About 10 tokens a parameter
+TEXT = 150_000_000  # characters: the copy ends with the document that passes this. Ten tokens a parameter need 108M
 STEPS = 1560  # of 8 x 256 tokens: 3.19M, one a parameter of mini-untied
 PAIRS = range(8)  # models with the same number share theta(0), the order of the text, and the settings
 LENGTHS, LONG_PAIRS = (1, 3, 10), range(4)  # tokens a parameter, and the pairs that are trained longer than one
