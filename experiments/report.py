@@ -108,13 +108,21 @@ class Study:
         return [self.at_best(a, pair, length=length) - self.at_best(b, pair, length=length)
                 for pair in self.pairs(a, b, length=length)]
 
+    def forgetting_gap(self, **options):
+        """The outsider's task loss minus the dense model's at equal forgetting, by pair."""
+        gaps = []
+        for pair in self.pairs("outsider", "dense"):
+            outsider, dense = [self.at_equal_forgetting(arm, pair, **options) for arm in ("outsider", "dense")]
+            gaps.append(outsider - dense)
+        return gaps
+
     def release_gap(self, a, b, what="text"):
         """The loss of release a minus that of release b, by pair."""
         return [self.release(a, pair, what) - self.release(b, pair, what) for pair in self.trained(a, b)]
 
-    def gain(self, arm, pair):
+    def gain(self, arm, pair, length=1):
         """What tuning at the own best rate takes from the task loss of the release, in nats."""
-        return self.release(ARMS[arm][0], pair, "task") - self.at_best(arm, pair)
+        return self.release(ARMS[arm][0], pair, "task", length) - self.at_best(arm, pair, length=length)
 
 
 def interval(values):
@@ -152,10 +160,7 @@ def questions(study):
     """
     both = study.pairs("outsider", "dense")
     tenth = 0.1 * interval([study.gain("dense", pair) for pair in both])[0]
-    forgetting, forgotten, slopes = [], [], []
-    for pair in both:
-        forgetting.append(study.at_equal_forgetting("outsider", pair) - study.at_equal_forgetting("dense", pair))
-        forgotten.append(study.log_rise("outsider", pair))
+    slopes = []
     if all(set(LONG_PAIRS) <= set(study.pairs("outsider", "dense", length=length)) for length in LENGTHS):
         for pair in LONG_PAIRS:
             gaps = [study.at_best("outsider", pair, length=length) - study.at_best("dense", pair, length=length)
@@ -171,13 +176,14 @@ def questions(study):
         ("Outsiders gain at least a tenth less: task loss, outsider − dense, each at its own best rate", theirs,
          study.gap("outsider", "dense"), tenth, True, "nats"),
         (f"… also at equal forgetting, {BUDGET} nats", "–",
-         forgetting, tenth, True, "nats"),
+         study.forgetting_gap(), tenth, True, "nats"),
         ("The early-bird ticket protects better than a random mask: task loss, outsider − random",
          "yes on most tasks (Figure 2)", study.gap("outsider", "random"), 0, True, "nats"),
         ("The mask helps those who have it: task loss, outsider − authorised", "as good or better on all tasks (4.3)",
          study.gap("outsider", "authorised"), 0, True, "nats"),
         ("Outsiders forget more: forgetting at 4 ×, log(outsider / dense)",
-         "suggested by Proposition 1, which has no dense model", forgotten, 0, True, ""),
+         "suggested by Proposition 1, which has no dense model",
+         [study.log_rise("outsider", pair) for pair in both], 0, True, ""),
         (f"The mask cannot be recovered by somebody who knows the text: share of the ticket in the best guess; a "
          f"random one has 0.70, {line}",
          "not by gradients alone (5.2)", [attack["classifier"]["found"] for attack in attacks], 0.75, False, ""),
@@ -252,15 +258,11 @@ def describe(study):
         add(f"… dense − {arm}",
             [study.gain("dense", pair) - study.gain(arm, pair) for pair in study.pairs(arm, "dense")])
     for name, model in (("PMP", "pmp"), ("matched", "matched")):
-        add(f"Task loss before tuning, {name} − dense",
-            study.release_gap(model, "dense", "task"))
+        add(f"Task loss before tuning, {name} − dense", study.release_gap(model, "dense", "task"))
     add("Question 2 as a share of the dense model's gain",
         [100 * gap / study.gain("dense", pair) for gap, pair in zip(study.gap("outsider", "dense"), both)], "%", 1)
-    for text, options in (("on a smooth curve in place of the line", {"smooth": True}),
-                          ("at a rise by 0.7 nats", {"budget": 0.7})):
-        add(f"Question 3 {text}",
-            [study.at_equal_forgetting("outsider", pair, **options)
-             - study.at_equal_forgetting("dense", pair, **options) for pair in both])
+    add("Question 3 on a smooth curve in place of the line", study.forgetting_gap(smooth=True))
+    add("Question 3 at a rise by 0.7 nats", study.forgetting_gap(budget=0.7))
     for number, arm, other in ((2, "outsider", "dense"), (4, "outsider", "random")):
         left = []
         for pair in study.pairs(arm, other, "dense", "matched"):
@@ -286,20 +288,21 @@ def length_table(study):
     for length in LENGTHS:
         pairs = [pair for pair in study.pairs("outsider", "dense", "authorised", length=length) if pair in LONG_PAIRS]
         heads.append(f"{length} ({len(pairs)})")
-        best, at_8, before = {}, {}, {}  # task losses by pair, of each arm
+        before, at_8, best, gain = {}, {}, {}, {}  # task losses by pair, of each arm, and what tuning takes from them
         for arm in ("outsider", "dense", "authorised"):
-            best[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
-            at_8[arm] = np.array([study.tuned(arm, pair, 8, length=length) for pair in pairs])
             before[arm] = np.array([study.release(ARMS[arm][0], pair, "task", length) for pair in pairs])
+            at_8[arm] = np.array([study.tuned(arm, pair, 8, length=length) for pair in pairs])
+            best[arm] = np.array([study.at_best(arm, pair, length=length) for pair in pairs])
+            gain[arm] = np.array([study.gain(arm, pair, length) for pair in pairs])
         dense = np.array([study.release("dense", pair, length=length) for pair in pairs])
         pmp = np.array([study.release("pmp", pair, length=length) for pair in pairs])
-        gap = best["outsider"] - best["dense"]
         for name, values in (
                 ("held-out loss, dense", dense), ("question 1, PMP − dense", pmp - dense),
-                ("gain, dense", before["dense"] - best["dense"]),
-                ("question 2, outsider − dense", gap), ("… both at 8 ×", at_8["outsider"] - at_8["dense"]),
+                ("gain, dense", gain["dense"]),
+                ("question 2, outsider − dense", best["outsider"] - best["dense"]),
+                ("… both at 8 ×", at_8["outsider"] - at_8["dense"]),
                 ("… before tuning", before["outsider"] - before["dense"]),
-                ("… by gain, dense − outsider", gap - before["outsider"] + before["dense"]),
+                ("… by gain, dense − outsider", gain["dense"] - gain["outsider"]),
                 ("question 5, outsider − authorised", best["outsider"] - best["authorised"]),
                 ("… the mask at 8 ×", at_8["outsider"] - at_8["authorised"])):
             row = rows.setdefault(name, [name])
@@ -353,7 +356,7 @@ def table_1(lines, owners):
             row.setdefault(column, []).append(scores["accuracy"])
             commonest[column] = line["commonest"][column]
     columns = [column for column in PAPER_COLUMNS if column in commonest]
-    text = []
+    table_rows = []
     for method in ("base", "lora", "full"):
         for place, (model, mask) in enumerate((("dense", False), ("pmp", False), ("pmp", True))):
             row = rows.get((method, model, mask), {})
@@ -371,10 +374,10 @@ def table_1(lines, owners):
                 numbers = dict(zip(PAPER_COLUMNS, PAPER["TinyLlama"][method][place].split()))
                 theirs = " / ".join(numbers[column] for column in columns)
             name = method + (", PMP" if model == "pmp" else "") + (" + mask" if mask else "")
-            text.append([name, *cells, average, theirs])
+            table_rows.append([name, *cells, average, theirs])
     values = [commonest[column] for column in columns]
-    text.append(["always the commonest class", *[f"{value:.1f}" for value in [*values, np.mean(values)]], ""])
-    return markdown(["", *columns, "average", "the paper's TinyLlama, these columns"], text)
+    table_rows.append(["always the commonest class", *[f"{value:.1f}" for value in [*values, np.mean(values)]], ""])
+    return markdown(["", *columns, "average", "the paper's TinyLlama, these columns"], table_rows)
 
 
 def attack_table(attacks):
@@ -398,22 +401,22 @@ def measure_table(lines):
     """Figures 5 and 6, Proposition 1 and the premise of section 3, of PMP and its dense twin in the same mask."""
     twins = {"PMP": [line for line in lines if line["key"]["model"] == "pmp"],
              "dense": [line for line in lines if line["key"]["model"] == "dense"]}
-    places = ("ticket", "complement", "full", "cross")
+    regions = ("ticket", "complement", "full", "cross")
     rows = []
     for name, found in twins.items():
         cells = []
-        for place in places[:3]:
+        for region in ("ticket", "complement", "full"):
             values = []
             for line in found:
-                curve = line["figure 5"][place]
+                curve = line["figure 5"][region]
                 values.append(curve[line["alphas"].index(0.1)] - curve[line["alphas"].index(0.0)])
             cells.append(said(values))
         rows.append([f"Figure 5: rise of the loss, {name}", *cells, ""])
     for label, terms in (("slope", ["slope"]), ("curvature", ["curvature"]), ("sum", ["slope", "curvature"])):
         for name, found in twins.items():
             cells = []
-            for place in places:
-                values = [sum(line["proposition 1"][term][place] for term in terms) for line in found]
+            for region in regions:
+                values = [sum(line["proposition 1"][term][region] for term in terms) for line in found]
                 cells.append(said(values))
             rows.append([f"Proposition 1: {label}, {name}", *cells])
     text = markdown(["", "ticket", "complement", "all weights", "cross term"], rows)
